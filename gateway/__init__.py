@@ -1,0 +1,3 @@
+"""Email-to-fax gateway."""
+
+__version__ = "0.1.0"
