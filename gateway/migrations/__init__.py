@@ -1,0 +1,59 @@
+"""The schema's history: each release's database becomes the next one's.
+
+In charge of: bringing a database to this program's schema, and of refusing one from a newer program.
+
+Promises: an upgrade happens whole or not at all; a database that is up to date is not touched, and Alembic
+not even loaded.
+
+Fails: `WrongDatabase`, with what to do.
+"""
+
+from pathlib import Path
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from gateway.database import WrongDatabase
+
+REVISIONS = ("0001",)
+"""Every revision in `versions/`, oldest first; a test compares them."""
+
+
+def revision(connection: Connection) -> str | None:
+    """Return the revision that the database is at, None for an empty one."""
+    if not sa.inspect(connection).has_table("alembic_version"):
+        return None
+    return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
+
+
+def upgrade(connection: Connection) -> None:
+    """Bring the database to the newest revision, in one transaction."""
+    with connection.begin():
+        current = revision(connection)
+        if current == REVISIONS[-1]:
+            return
+        _refuse_newer(current)
+        from alembic import command, config  # noqa: PLC0415 -- slow to import, seldom needed
+
+        settings = config.Config()
+        settings.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
+        settings.attributes["connection"] = connection
+        command.upgrade(settings, "head")
+
+
+def require_current(connection: Connection) -> None:
+    """Raise WrongDatabase unless the database is at the newest revision."""
+    with connection.begin():
+        current = revision(connection)
+    _refuse_newer(current)
+    if current != REVISIONS[-1]:
+        raise WrongDatabase(
+            "the database is older than this program: start `fax-gateway serve` once, it upgrades it"
+        )
+
+
+def _refuse_newer(current: str | None) -> None:
+    if current is not None and current not in REVISIONS:
+        raise WrongDatabase(
+            f"the database was written by a newer fax-gateway (revision {current}): upgrade the program"
+        )

@@ -1,0 +1,190 @@
+"""The store: everything the gateway must not forget, as verbs.
+
+In charge of: one method for each thing the doors and loops may do with what is stored; each is one unit of
+work in `database`, told in `store_intake` (mail in), `store_work` (calls, questions, events), `store_apply`
+(the one door through which a fax changes), `store_outbox` (mail out) and `store_desk` (operators, purge).
+
+Promises: a verb that returned is on the disk. Wherever a fax changed, `observe` hears of it after the commit.
+
+Fails: `StoreFull` and `StoreUnavailable`; verbs about one fax also `UnknownFax`, `Misfit` or `Conflict`.
+"""
+
+import asyncio
+import uuid
+from collections.abc import Callable
+from functools import partial
+from typing import Concatenate, ParamSpec, TypeVar
+
+from sqlalchemy.engine import Connection
+
+from gateway import store_apply, store_desk, store_intake, store_outbox, store_work
+from gateway.carrier import CarrierEvent
+from gateway.database import Database
+from gateway.records import Alert, Event, Fax, OutboxEntry, Rules
+from gateway.store_apply import Change, Unit
+from gateway.store_intake import CHUNK, Accepted, Submission
+from gateway.store_work import CallSettings, Evidence, Fate
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Store:
+    """The verbs over one database."""
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        clock: Callable[[], float],
+        rules: Rules,
+        postmaster: str,
+        observe: Callable[[Change], None] | None = None,
+    ) -> None:
+        self._database = database
+        self._clock = clock
+        self._rules = rules
+        self._postmaster = postmaster
+        self._observe = observe
+
+    async def _do(self, verb: Callable[Concatenate[Unit, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        unit: list[Unit] = []
+
+        def work(connection: Connection) -> T:
+            # The time is taken when the work begins, not when it was asked for: leases count from it.
+            unit.append(Unit(connection, self._clock(), self._rules, self._postmaster))
+            return verb(unit[-1], *args, **kwargs)
+
+        result = await self._database.write(work)
+        if self._observe is not None:
+            for change in unit[-1].changes:
+                self._observe(change)
+        return result
+
+    # --- mail in -----------------------------------------------------------------------------------
+
+    async def keep_document(self, data: bytes) -> str:
+        """Store a large document in short transactions; it stays invisible until `accept` names it."""
+        document_id = str(uuid.uuid4())
+        pieces = [data[start : start + CHUNK] for start in range(0, len(data), CHUNK)]
+        for position, piece in enumerate(pieces):
+            await self._do(store_intake.add_chunk, document_id, position, piece)
+        return document_id
+
+    async def accept(self, submission: Submission, duplicate_window: float) -> Accepted:
+        """Keep a mail and its faxes; say 250 after this."""
+        return await self._do(store_intake.accept, submission, duplicate_window)
+
+    # --- calls, questions, time --------------------------------------------------------------------
+
+    async def claim_call(self, settings: CallSettings) -> Fax | None:
+        """Write the intent for the next fax that may be called; None when there is none."""
+        return await self._do(store_work.claim_call, settings)
+
+    async def claim_questions(self, most: int) -> list[Fax]:
+        """Return faxes that the carrier is to be asked about now."""
+        return await self._do(store_work.claim_questions, most)
+
+    async def evidence(self, number: str, from_number: str) -> Evidence:
+        """Gather what is known about a doubt, before the carrier is asked."""
+        return await self._do(store_work.evidence, number, from_number)
+
+    async def bound_ids(self, carrier_ids: list[str]) -> frozenset[str]:
+        """Return those of the carrier's ids that are attempts of ours."""
+        return await self._do(store_work.bound_ids, carrier_ids)
+
+    async def apply(self, fax_id: str, event: Event, *, version: int | None = None) -> Fax:
+        """Let an event happen to a fax, if it is still at `version`; return the fax as it is now."""
+        return await self._do(store_apply.apply, fax_id, event, version=version)
+
+    async def remember_event(self, event: CarrierEvent) -> tuple[Fate, str | None]:
+        """Keep a carrier's event; answer 200 after this."""
+        return await self._do(store_work.remember_event, event)
+
+    async def take_over(self) -> int:
+        """After a start: doubt what the last process was about to send; return how many that were."""
+        return await self._do(store_work.take_over)
+
+    async def pass_time(self) -> int:
+        """Let time happen to every fax whose time has come; return how many that were."""
+        return await self._do(store_work.pass_time)
+
+    async def sweep_parked(self) -> int:
+        """Look at parked events again; return how many found their fax."""
+        return await self._do(store_work.sweep_parked)
+
+    # --- mail out ----------------------------------------------------------------------------------
+
+    async def claim_notices(self, most: int) -> list[OutboxEntry]:
+        """Return mails that are due."""
+        return await self._do(store_outbox.claim_notices, most)
+
+    async def notice_sent(self, entry_id: str, fence: int) -> bool:
+        """Record that the relay took it."""
+        return await self._do(store_outbox.sent, entry_id, fence)
+
+    async def notice_deferred(self, entry_id: str, fence: int, due_at: float, why: str) -> bool:
+        """Record that it is to be tried again at `due_at`."""
+        return await self._do(store_outbox.deferred, entry_id, fence, due_at, why)
+
+    async def notice_given_up(self, entry_id: str, fence: int, why: str) -> bool:
+        """Record that it will not be tried again."""
+        return await self._do(store_outbox.given_up, entry_id, fence, why)
+
+    async def alert(self, alert: Alert) -> None:
+        """Tell the postmaster something that no fax's event brought up."""
+        await self._do(store_apply.alert, alert)
+
+    # --- operators, monitors, purge ----------------------------------------------------------------
+
+    async def renew(self, fax_id: str, *, even_if_twice: bool) -> Fax:
+        """Send an ended fax again as a new one; raises NotRenewable."""
+        return await self._do(store_intake.renew, fax_id, even_if_twice=even_if_twice)
+
+    async def hold_all(self) -> None:
+        """Call nothing until `release_all`."""
+        await self._do(store_desk.hold_all)
+
+    async def release_all(self) -> None:
+        """End the operator's hold; other holds are probed at once."""
+        await self._do(store_desk.release_all)
+
+    async def list_faxes(self, states: tuple[str, ...], most: int) -> list[store_desk.Listed]:
+        """Return faxes in these states, newest first; no states: all that have not ended."""
+        return await self._database.read(partial(store_desk.list_faxes, states=states, most=most))
+
+    async def fax_ids_of(self, name: str) -> list[str]:
+        """Return the ids of the fax, or of all faxes of the mail, of that name."""
+        return await self._database.read(partial(store_desk.fax_ids_of, name=name))
+
+    async def show(self, fax_id: str) -> store_desk.File:
+        """Return everything about one fax; raises UnknownFax."""
+
+        def work(connection: Connection) -> store_desk.File:
+            return store_desk.show(Unit(connection, self._clock(), self._rules, self._postmaster), fax_id)
+
+        return await self._database.read(work)
+
+    async def count(self) -> store_desk.Counts:
+        """Count the queue."""
+        return await self._database.read(partial(store_desk.count, now=self._clock()))
+
+    async def document(self, document_id: str) -> bytes | None:
+        """Return a document's bytes, None once purged."""
+        return await self._database.read(partial(store_desk.document, document_id=document_id))
+
+    async def paper_of(self, mail_id: str) -> tuple[str, str] | None:
+        """Return id and SHA-256 of a mail's document, None once purged."""
+        return await self._database.read(partial(store_desk.paper_of, mail_id=mail_id))
+
+    async def purge(self, keep_documents: float, keep_records: float) -> int:
+        """Throw away what is over, give the space back; return how many documents and mails went."""
+        gone = await self._do(store_desk.purge_documents, keep_documents)
+        gone += await self._do(store_desk.purge_records, keep_records)
+        if gone:
+            await self._database.give_space_back()
+        return gone
+
+    async def close(self) -> None:
+        """Finish what was asked, then let go of the database."""
+        await asyncio.get_running_loop().run_in_executor(None, self._database.close)

@@ -1,0 +1,349 @@
+"""The one door through which a fax changes.
+
+In charge of: loading a fax with its attempts, asking `fax.transition`, and writing the new fax, its history
+and every effect in the same transaction.
+
+Promises: the row changes by compare-and-set, so of two writers one loses and looks again. An answer and an
+event about the same carrier's id both insert that id first; whoever comes second finds the other (rule 5).
+
+Fails: `UnknownFax`; `fax.Misfit` from the decision; `Conflict` when another writer was faster. In each case
+the unit of work is undone whole.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import Connection, RowMapping
+
+from gateway import schema as s
+from gateway.database import StoreError
+from gateway.fax import transition
+from gateway.records import (
+    AccountHeld,
+    Alert,
+    Attempt,
+    Brake,
+    Doubted,
+    Effect,
+    End,
+    Event,
+    Fax,
+    HeldFor,
+    NotTaken,
+    Proof,
+    Reached,
+    Rejected,
+    Report,
+    Reported,
+    Rules,
+    Stage,
+    State,
+    Suspect,
+    Taken,
+    Tell,
+    Withdrawn,
+)
+
+_BRAKE_WAITS = {"pause": (60.0, 900.0), "hold": (300.0, 3600.0)}  # first and longest wait of the probes, s
+
+
+class UnknownFax(StoreError):
+    """There is no fax of that id."""
+
+
+class Conflict(StoreError):
+    """Another writer changed the fax in between; look again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What one event did, for the log and the metrics."""
+
+    before: Fax
+    after: Fax
+    event: Event
+    effects: tuple[Effect, ...]
+
+
+@dataclass(slots=True)
+class Unit:
+    """One unit of work: a connection inside a transaction, its time, and what it changed."""
+
+    connection: Connection
+    now: float
+    rules: Rules
+    postmaster: str
+    changes: list[Change] = field(default_factory=list)
+
+
+# --- rows and records ------------------------------------------------------------------------------
+
+_ATTEMPT_FIELDS = tuple(f.name for f in fields(Attempt))
+_FAX_FIELDS = tuple(f.name for f in fields(Fax) if f.name != "attempts")
+
+_LOAD_FAX = sa.select(s.faxes).where(s.faxes.c.id == sa.bindparam("fax_id"))
+_LOAD_ATTEMPTS = (
+    sa.select(s.attempts).where(s.attempts.c.fax_id == sa.bindparam("fax_id")).order_by(s.attempts.c.ordinal)
+)
+_SAVE_FAX = (
+    s.faxes.update()
+    .where(s.faxes.c.id == sa.bindparam("fax_id"), s.faxes.c.version == sa.bindparam("old_version"))
+    .values(
+        {
+            name: sa.bindparam(name)
+            for name in (
+                "state", "due_at", "give_up_at", "version", "held_for", "held_detail", "told_delayed",
+                "cancel_asked", "ended_at", "reason", "lease_until",
+            )
+        }
+    )
+)  # fmt: skip
+_ADD_ATTEMPT = s.attempts.insert()
+_SAVE_ATTEMPT = (
+    s.attempts.update()
+    .where(s.attempts.c.id == sa.bindparam("attempt_id"))
+    .values(
+        {name: sa.bindparam(name) for name in _ATTEMPT_FIELDS if name not in {"id", "ordinal", "started_at"}}
+    )
+)
+_ADD_HISTORY = s.history.insert()
+
+
+def read_attempt(row: RowMapping) -> Attempt:
+    """Build the record of a row of `attempts`."""
+    values = {name: row[name] for name in _ATTEMPT_FIELDS}
+    values["stage"] = Stage(values["stage"])
+    values["end"] = End(values["end"]) if values["end"] else None
+    return Attempt(**values)
+
+
+def read_fax(row: RowMapping, attempts: tuple[Attempt, ...]) -> Fax:
+    """Build the record of a row of `faxes` and its attempts, oldest first."""
+    values = {name: row[name] for name in _FAX_FIELDS}
+    values["state"] = State(values["state"])
+    values["held_for"] = HeldFor(values["held_for"]) if values["held_for"] else None
+    return Fax(**values, attempts=attempts)
+
+
+def fax_values(fax: Fax) -> dict[str, Any]:
+    """Return the columns of a fax."""
+    return {name: getattr(fax, name) for name in _FAX_FIELDS}
+
+
+def load(connection: Connection, fax_id: str) -> Fax:
+    """Return the fax; raises UnknownFax."""
+    row = connection.execute(_LOAD_FAX, {"fax_id": fax_id}).mappings().first()
+    if row is None:
+        raise UnknownFax(f"there is no fax {fax_id}")
+    attempts = connection.execute(_LOAD_ATTEMPTS, {"fax_id": fax_id}).mappings()
+    return read_fax(row, tuple(read_attempt(attempt) for attempt in attempts))
+
+
+# --- the door --------------------------------------------------------------------------------------
+
+
+def apply(unit: Unit, fax_id: str, event: Event, *, version: int | None = None) -> Fax:
+    """Let `event` happen to the fax and return it as it is now.
+
+    With `version`, the event rests on the fax as it was then: if it has changed since, nothing happens.
+    """
+    fax = load(unit.connection, fax_id)
+    if version is not None and fax.version != version:
+        return fax
+    event = _fenced(fax, event, unit.now)
+    step = transition(fax, event, unit.now, unit.rules)
+    after = fax
+    if step.fax is not fax:
+        after = replace(step.fax, version=fax.version + 1)
+        _save(unit.connection, fax, after)
+    if step.fax is not fax or step.effects or isinstance(event, Reported):
+        _record(unit, after, event)
+        unit.changes.append(Change(fax, after, event, step.effects))
+    if isinstance(event, Taken):
+        after = _replay(unit, after, event.carrier_id)
+    for effect in step.effects:
+        _carry_out(unit, after, effect)
+    if after.final and not fax.final and after.state is not State.DELIVERED:
+        # Rule 6: what failed or was cancelled may be mailed again.
+        unit.connection.execute(_FORGET_DUPLICATE, {"fax_id": fax_id})
+    return after
+
+
+_FORGET_DUPLICATE = s.duplicates.delete().where(s.duplicates.c.fax_id == sa.bindparam("fax_id"))
+
+
+def _fenced(fax: Fax, event: Event, now: float) -> Event:
+    """Rule 10: who is past the lease may not move a state; only a carrier's id still counts."""
+    if not isinstance(event, NotTaken | Rejected | Withdrawn) or fax.state is not State.SUBMITTING:
+        return event
+    if fax.attempt(event.attempt_id).lease_until < now:
+        return Doubted(event.attempt_id, "lease ran out")
+    return event
+
+
+def _save(connection: Connection, before: Fax, after: Fax) -> None:
+    values = fax_values(after) | {"fax_id": after.id, "old_version": before.version, "lease_until": 0.0}
+    if connection.execute(_SAVE_FAX, values).rowcount != 1:
+        raise Conflict(f"fax {after.id} was changed by another gateway")
+    known = {attempt.id: attempt for attempt in before.attempts}
+    # What stops blocking is written first, or the unique indexes would see two calls for a moment.
+    for attempt in sorted(after.attempts, key=lambda attempt: attempt.blocking):
+        if attempt.id not in known:
+            values = asdict(attempt) | {"fax_id": after.id, "number": after.number}
+            connection.execute(_ADD_ATTEMPT, values)
+        elif attempt != known[attempt.id]:
+            connection.execute(_SAVE_ATTEMPT, asdict(attempt) | {"attempt_id": attempt.id})
+
+
+def _record(unit: Unit, fax: Fax, event: Event) -> None:
+    # Every value here is ours or cleaned at the border; numbers of other people are not among them.
+    detail = {
+        name: value
+        for name, value in asdict(event).items()
+        if name != "attempt" and value not in (None, "", False)
+    }
+    unit.connection.execute(
+        _ADD_HISTORY,
+        {
+            "fax_id": fax.id,
+            "at": unit.now,
+            "event": type(event).__name__,
+            "state": fax.state.value,
+            "detail": json.dumps(detail, default=str),
+        },
+    )
+
+
+# --- the carrier's ids and events (rule 5) ---------------------------------------------------------
+
+_PARKED = (
+    sa.select(s.carrier_events)
+    .where(s.carrier_events.c.carrier_id == sa.bindparam("carrier_id"), s.carrier_events.c.fax_id.is_(None))
+    .order_by(s.carrier_events.c.occurred_at, s.carrier_events.c.received_at)
+)
+CLAIM_EVENT = (
+    s.carrier_events.update()
+    .where(s.carrier_events.c.id == sa.bindparam("event_id"))
+    .values(fax_id=sa.bindparam("owner"))
+)
+
+
+def know_carrier_id(unit: Unit, carrier_id: str) -> None:
+    """Insert the carrier's id where answers and events meet; the second to come waits for the first."""
+    insert = upsert(unit.connection, s.carrier_ids).values(carrier_id=carrier_id, seen_at=unit.now)
+    unit.connection.execute(insert.on_conflict_do_nothing())
+
+
+def _replay(unit: Unit, fax: Fax, carrier_id: str) -> Fax:
+    know_carrier_id(unit, carrier_id)
+    attempt = next(attempt for attempt in fax.attempts if attempt.carrier_id == carrier_id)
+    for row in unit.connection.execute(_PARKED, {"carrier_id": carrier_id}).mappings().all():
+        unit.connection.execute(CLAIM_EVENT, {"event_id": row["id"], "owner": fax.id})
+        report = read_report(row["report"])
+        if report is not None:
+            fax = apply(unit, fax.id, Reported(attempt.id, report))
+    return fax
+
+
+def read_report(text: str | None) -> Report | None:
+    """Build the report that `write_report` wrote."""
+    if text is None:
+        return None
+    values = json.loads(text)
+    return Report(**values | {"stage": Stage(values["stage"])})
+
+
+def write_report(report: Report | None) -> str | None:
+    """Return the report as JSON text."""
+    return None if report is None else json.dumps(asdict(report))
+
+
+# --- effects ---------------------------------------------------------------------------------------
+
+_DROP_BRAKES = s.brakes.delete().where(
+    s.brakes.c.kind != "operator",
+    s.brakes.c.proof <= sa.bindparam("reached"),
+    s.brakes.c.scope.in_(["account", sa.bindparam("sender")]),
+)
+_SUSPECTS = sa.select(s.faxes.c.id, s.faxes.c.number).where(
+    s.faxes.c.state == State.HELD.value,
+    s.faxes.c.ended_at.is_(None),
+    s.faxes.c.held_for == HeldFor.REFUSED.value,
+    s.faxes.c.held_detail == sa.bindparam("cause"),
+)
+_SENDER_OF = (
+    sa.select(s.mails.c.sender)
+    .join_from(s.mails, s.faxes, s.faxes.c.mail_id == s.mails.c.id)
+    .where(s.faxes.c.id == sa.bindparam("fax_id"))
+)
+
+
+def _carry_out(unit: Unit, fax: Fax, effect: Effect) -> None:
+    match effect:
+        case Tell(notice):
+            sender = unit.connection.execute(_SENDER_OF, {"fax_id": fax.id}).scalar_one()
+            post(unit, f"{fax.id}.{notice}", sender, fax_id=fax.id, notice=notice.value)
+        case Alert():
+            alert(unit, effect)
+        case Brake():
+            _brake(unit, effect)
+        case Reached(proof, from_number):
+            unit.connection.execute(_DROP_BRAKES, {"reached": int(proof), "sender": from_number})
+        case Suspect(cause):
+            suspects = unit.connection.execute(_SUSPECTS, {"cause": cause}).all()
+            if len({row.number for row in suspects}) > 1:
+                _brake(unit, Brake("hold", "account", cause, Proof.TAKEN))
+                alert(unit, Alert("account_held", f"Two numbers met the same refusal ({cause})."))
+                for row in suspects:
+                    apply(unit, row.id, AccountHeld(cause))
+
+
+def post(
+    unit: Unit, entry_id: str, recipient: str, *, fax_id: str | None = None, notice: str | None = None,
+    cause: str | None = None, payload: bytes | None = None,
+) -> None:  # fmt: skip
+    """Put one mail into the outbox; a second one of the same id is the same mail."""
+    values = {
+        "id": entry_id, "fax_id": fax_id, "notice": notice, "cause": cause, "recipient": recipient,
+        "payload": payload, "queued_at": unit.now, "due_at": unit.now, "lease_until": 0.0, "fence": 0,
+        "tries": 0, "error": "",
+    }  # fmt: skip
+    unit.connection.execute(upsert(unit.connection, s.outbox).values(values).on_conflict_do_nothing())
+
+
+def alert(unit: Unit, effect: Alert) -> None:
+    """Queue the postmaster's mail: one for each cause and day (UTC)."""
+    day = datetime.fromtimestamp(unit.now, UTC).date().isoformat()
+    post(
+        unit, f"alert.{effect.cause}.{day}", unit.postmaster, cause=effect.cause, payload=effect.text.encode()
+    )
+
+
+def _brake(unit: Unit, brake: Brake) -> None:
+    first, longest = _BRAKE_WAITS[brake.kind]
+    where = (s.brakes.c.kind == brake.kind, s.brakes.c.scope == brake.scope)
+    known = unit.connection.execute(sa.select(s.brakes.c.wait).where(*where)).scalar()
+    wait = first if known is None else known
+    if brake.again_after is not None:
+        wait = max(1.0, brake.again_after)
+    values = {"cause": brake.cause, "probe_at": unit.now + wait, "proof": int(brake.proof)}
+    if known is None:
+        values |= {
+            "kind": brake.kind,
+            "scope": brake.scope,
+            "since": unit.now,
+            "wait": min(first * 2, longest),
+        }
+        unit.connection.execute(upsert(unit.connection, s.brakes).values(values).on_conflict_do_nothing())
+    else:
+        doubled = min(known * 2, longest)
+        unit.connection.execute(s.brakes.update().where(*where).values(values | {"wait": doubled}))
+
+
+def upsert(connection: Connection, table: sa.Table) -> Any:
+    """Return the database's own INSERT that knows ON CONFLICT; both dialects spell it alike."""
+    return sqlite.insert(table) if connection.dialect.name == "sqlite" else postgresql.insert(table)

@@ -1,0 +1,102 @@
+"""Mail on its way out: the durable outbox.
+
+In charge of: handing each due mail to one sender at a time, and recording what became of it.
+
+Promises: what is queued stays until the relay took it or it was given up, with an alert. A claim carries a
+fence: who comes back after the lease with an old one records nothing, so a mail is at worst repeated under
+the same Message-ID.
+
+Fails: like the database.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Row
+
+from gateway import schema as s
+from gateway.records import Alert, Notice, OutboxEntry, ReceivedMail
+from gateway.store_apply import Unit, alert, load
+
+NOTICE_LEASE = 300.0  # seconds for one mail to be composed and handed over
+
+_PENDING = sa.text("sent_at IS NULL AND given_up_at IS NULL")
+_DUE = (
+    sa.select(s.outbox)
+    .where(_PENDING, s.outbox.c.due_at <= sa.bindparam("now"), s.outbox.c.lease_until <= sa.bindparam("now"))
+    .order_by(s.outbox.c.due_at)
+    .limit(sa.bindparam("most"))
+    .with_for_update(skip_locked=True)
+)
+_LEASE = (
+    s.outbox.update()
+    .where(s.outbox.c.id == sa.bindparam("entry_id"))
+    .values(lease_until=sa.bindparam("until"), fence=s.outbox.c.fence + 1)
+)
+_HELD_BY = (s.outbox.c.id == sa.bindparam("entry_id"), s.outbox.c.fence == sa.bindparam("held"), _PENDING)
+_SENT = s.outbox.update().where(*_HELD_BY).values(sent_at=sa.bindparam("at"), payload=None, error="")
+_DEFERRED = (
+    s.outbox.update()
+    .where(*_HELD_BY)
+    .values(due_at=sa.bindparam("at"), lease_until=0.0, tries=s.outbox.c.tries + 1, error=sa.bindparam("why"))
+)
+_GIVEN_UP = (
+    s.outbox.update()
+    .where(*_HELD_BY)
+    .values(given_up_at=sa.bindparam("at"), payload=None, error=sa.bindparam("why"))
+)
+_LOAD_MAIL = sa.select(s.mails).where(s.mails.c.id == sa.bindparam("mail_id"))
+_CAUSE = sa.select(s.outbox.c.cause).where(s.outbox.c.id == sa.bindparam("entry_id"))
+
+
+def claim_notices(unit: Unit, most: int) -> list[OutboxEntry]:
+    """Return mails that are due, leased to the caller."""
+    rows = unit.connection.execute(_DUE, {"now": unit.now, "most": most}).all()
+    for row in rows:
+        unit.connection.execute(_LEASE, {"entry_id": row.id, "until": unit.now + NOTICE_LEASE})
+    return [_entry(unit, row) for row in rows]
+
+
+def _entry(unit: Unit, row: Row[Any]) -> OutboxEntry:
+    entry = OutboxEntry(row.id, row.recipient, row.queued_at, row.tries, row.fence + 1)
+    payload: bytes = row.payload or b""
+    if row.fax_id is None:
+        if row.cause is None:
+            return replace(entry, forward=payload)
+        return replace(entry, alert=payload.decode(), cause=row.cause)
+    fax = load(unit.connection, row.fax_id)
+    return replace(entry, notice=Notice(row.notice), fax=fax, mail=load_mail(unit, fax.mail_id))
+
+
+def load_mail(unit: Unit, mail_id: str) -> ReceivedMail:
+    """Return what is kept of a mail."""
+    row = unit.connection.execute(_LOAD_MAIL, {"mail_id": mail_id}).one()
+    return ReceivedMail(
+        id=row.id, sender=row.sender, received_at=row.received_at, message_id=row.message_id,
+        references=row.thread, subject=row.subject, original_headers=row.original_headers,
+        document_id=row.document_id,
+    )  # fmt: skip
+
+
+def sent(unit: Unit, entry_id: str, fence: int) -> bool:
+    """Record that the relay took it; False when the claim had lapsed."""
+    values = {"entry_id": entry_id, "held": fence, "at": unit.now}
+    return bool(unit.connection.execute(_SENT, values).rowcount)
+
+
+def deferred(unit: Unit, entry_id: str, fence: int, due_at: float, why: str) -> bool:
+    """Record that it is to be tried again."""
+    values = {"entry_id": entry_id, "held": fence, "at": due_at, "why": why}
+    return bool(unit.connection.execute(_DEFERRED, values).rowcount)
+
+
+def given_up(unit: Unit, entry_id: str, fence: int, why: str) -> bool:
+    """Record that it will not be tried again, and tell the postmaster, unless it was for the postmaster."""
+    values = {"entry_id": entry_id, "held": fence, "at": unit.now, "why": why}
+    if not unit.connection.execute(_GIVEN_UP, values).rowcount:
+        return False
+    row = unit.connection.execute(_CAUSE, {"entry_id": entry_id}).one()
+    if row.cause is None:
+        alert(unit, Alert("reply_given_up", f"The mail {entry_id} could not be handed over: {why}."))
+    return True

@@ -1,0 +1,366 @@
+"""What is due, and who does it.
+
+In charge of: claiming the next fax to call, the faxes to ask about, the ones whose time has come; taking in
+the carrier's events.
+
+Promises: a claim writes the intent (attempt, channel, lease) before anybody calls (rule 3). No number and no
+channel is called twice at a time (rule 4). Senders take turns (rule 9). An event is kept under its own id
+before it is answered, and applied as soon as its attempt is known (rule 5).
+
+Fails: like `apply`; a claim that lost a race to another gateway returns nothing and is tried again.
+"""
+
+import uuid
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import sqlalchemy as sa
+
+from gateway import schema as s
+from gateway.carrier import CarrierEvent
+from gateway.doubt import Sighting, fits
+from gateway.records import (
+    AccountHeld,
+    Attempt,
+    Begun,
+    Doubted,
+    End,
+    Fax,
+    Report,
+    Reported,
+    State,
+    Taken,
+    TimePassed,
+)
+from gateway.schedule import next_settings
+from gateway.store_apply import (
+    CLAIM_EVENT,
+    Unit,
+    apply,
+    know_carrier_id,
+    load,
+    read_attempt,
+    read_report,
+    upsert,
+    write_report,
+)
+
+QUESTION_LEASE = 60.0  # seconds that one gateway has to ask the carrier about a fax
+
+
+@dataclass(frozen=True, slots=True)
+class CallSettings:
+    """With what this gateway calls."""
+
+    from_number: str = field(repr=False)
+    connection_id: str
+    quality: str
+    t38: bool
+    channels: int
+    lease: float  # seconds
+
+
+# --- calls -----------------------------------------------------------------------------------------
+
+_BRAKES = sa.select(s.brakes)
+_SLOTS = sa.select(s.attempts.c.slot).where(sa.text("blocking"), s.attempts.c.blocking.is_(True))
+_BLOCKED = sa.exists().where(sa.text("blocking"), s.attempts.c.number == s.faxes.c.number).correlate(s.faxes)
+_NEXT = (
+    sa.select(s.faxes.c.id, s.faxes.c.turn)
+    .where(sa.text("state = 'queued'"), s.faxes.c.due_at <= sa.bindparam("now"), ~_BLOCKED)
+    .order_by(s.faxes.c.turn)
+    .limit(1)
+    .with_for_update(skip_locked=True)
+)
+
+
+def claim_call(unit: Unit, settings: CallSettings) -> Fax | None:
+    """Write the intent for the next fax that may be called; None when there is none.
+
+    The fax comes back `submitting`, its last attempt being the intent.
+    """
+    connection = unit.connection
+    brakes = [row for row in connection.execute(_BRAKES) if row.scope in {"account", settings.from_number}]
+    if any(row.probe_at is None or row.probe_at > unit.now for row in brakes):
+        return None
+    taken = {row.slot for row in connection.execute(_SLOTS)}
+    slot = next((slot for slot in range(settings.channels) if slot not in taken), None)
+    if slot is None:
+        return None
+    row = connection.execute(_NEXT, {"now": unit.now}).first()
+    if row is None:
+        return None
+    fax = load(connection, row.id)
+    quality, t38 = next_settings(fax, settings.quality, t38=settings.t38)
+    attempt = Attempt(
+        id=str(uuid.uuid4()), ordinal=len(fax.attempts) + 1, started_at=unit.now,
+        lease_until=unit.now + settings.lease, from_number=settings.from_number,
+        connection_id=settings.connection_id, quality=quality, t38=t38, slot=slot,
+    )  # fmt: skip
+    fax = apply(unit, fax.id, Begun(attempt))
+    for brake in brakes:  # this fax is the probe; the next one waits for it
+        where = (s.brakes.c.kind == brake.kind, s.brakes.c.scope == brake.scope)
+        connection.execute(s.brakes.update().where(*where).values(probe_at=unit.now + brake.wait))
+    serve = upsert(connection, s.turns).values(sender="", turn=row.turn)
+    serve = serve.on_conflict_do_update(
+        index_elements=[s.turns.c.sender], set_={"turn": row.turn}, where=s.turns.c.turn < row.turn
+    )
+    connection.execute(serve)
+    return fax
+
+
+# --- questions -------------------------------------------------------------------------------------
+
+_QUESTIONS = (
+    sa.select(s.faxes.c.id)
+    .where(
+        s.faxes.c.ended_at.is_(None),
+        sa.or_(
+            s.faxes.c.state.in_([State.IN_DOUBT.value, State.SENDING.value]),
+            sa.and_(s.faxes.c.state == State.HELD.value, s.faxes.c.held_for == "stuck"),
+        ),
+        s.faxes.c.due_at <= sa.bindparam("now"),
+        s.faxes.c.lease_until <= sa.bindparam("now"),
+    )
+    .order_by(s.faxes.c.due_at)
+    .limit(sa.bindparam("most"))
+    .with_for_update(skip_locked=True)
+)
+_LEASE = (
+    s.faxes.update().where(s.faxes.c.id == sa.bindparam("fax_id")).values(lease_until=sa.bindparam("until"))
+)
+
+
+def claim_questions(unit: Unit, most: int) -> list[Fax]:
+    """Return faxes that the carrier is to be asked about now, leased to the caller for a minute."""
+    ids = unit.connection.execute(_QUESTIONS, {"now": unit.now, "most": most}).scalars().all()
+    for fax_id in ids:
+        unit.connection.execute(_LEASE, {"fax_id": fax_id, "until": unit.now + QUESTION_LEASE})
+    return [load(unit.connection, fax_id) for fax_id in ids]
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What the store knows about a doubt."""
+
+    told: tuple[Sighting, ...]  # parked events of the number
+    control: str | None  # our newest known fax at the carrier
+    control_at: float  # when the carrier took it
+
+
+_NEWEST = (
+    sa.select(s.attempts.c.carrier_id, s.attempts.c.taken_at)
+    .where(s.attempts.c.carrier_id.is_not(None), s.attempts.c.from_number == sa.bindparam("sender"))
+    .order_by(s.attempts.c.taken_at.desc())
+    .limit(1)
+)
+_TOLD = sa.select(s.carrier_events).where(
+    s.carrier_events.c.fax_id.is_(None), s.carrier_events.c.to_number == sa.bindparam("to_number")
+)
+
+
+def evidence(unit: Unit, number: str, from_number: str) -> Evidence:
+    """Gather it before the carrier is asked, so that the control is older than the list."""
+    newest = unit.connection.execute(_NEWEST, {"sender": from_number}).first()
+    told = tuple(_sighting(row) for row in unit.connection.execute(_TOLD, {"to_number": number}))
+    if newest is None:
+        return Evidence(told, None, unit.now)
+    return Evidence(told, newest.carrier_id, newest.taken_at)
+
+
+def bound_ids(unit: Unit, carrier_ids: list[str]) -> frozenset[str]:
+    """Return those of the ids that belong to an attempt of ours."""
+    found: set[str] = set()
+    for start in range(0, len(carrier_ids), 500):
+        query = sa.select(s.attempts.c.carrier_id).where(
+            s.attempts.c.carrier_id.in_(carrier_ids[start : start + 500])
+        )
+        found.update(unit.connection.execute(query).scalars())
+    return frozenset(found)
+
+
+def _sighting(row: Any) -> Sighting:
+    return Sighting(row.carrier_id, row.to_number, row.from_number, row.connection_id, row.occurred_at)
+
+
+# --- events ----------------------------------------------------------------------------------------
+
+
+class Fate(StrEnum):
+    """What became of a carrier's event."""
+
+    APPLIED = "applied"
+    PARKED = "parked"
+    DUPLICATE = "duplicate"
+
+
+_OWNER = sa.select(s.attempts.c.id, s.attempts.c.fax_id).where(
+    s.attempts.c.carrier_id == sa.bindparam("carrier_id")
+)
+_NAMELESS = sa.select(s.attempts).where(
+    s.attempts.c.carrier_id.is_(None), s.attempts.c.number == sa.bindparam("number")
+)
+_ASK_NOW = (
+    s.faxes.update()
+    .where(s.faxes.c.id == sa.bindparam("fax_id"), s.faxes.c.state.in_(["sending", "in_doubt"]))
+    .values(due_at=sa.bindparam("now"))
+)
+
+
+def remember_event(unit: Unit, event: CarrierEvent) -> tuple[Fate, str | None]:
+    """Keep an authentic event and let it happen to its fax if that is known; returns the fax's id too."""
+    carrier_id = event.sighting.carrier_id
+    know_carrier_id(unit, carrier_id)
+    if not _add_event(unit, event):
+        return Fate.DUPLICATE, None
+    return _place(unit, event.id, event.sighting, event.report)
+
+
+def _place(unit: Unit, event_id: str, sighting: Sighting, report: Report | None) -> tuple[Fate, str | None]:
+    """Let a kept event happen to the attempt of its carrier's id, or leave it parked."""
+    owner = unit.connection.execute(_OWNER, {"carrier_id": sighting.carrier_id}).first()
+    if owner is None:
+        return _park(unit, sighting)
+    unit.connection.execute(CLAIM_EVENT, {"event_id": event_id, "owner": owner.fax_id})
+    if report is None:  # a kind we do not know: a hint to ask
+        unit.connection.execute(_ASK_NOW, {"fax_id": owner.fax_id, "now": unit.now})
+    else:
+        apply(unit, owner.fax_id, Reported(owner.id, report))
+    return Fate.APPLIED, owner.fax_id
+
+
+def _add_event(unit: Unit, event: CarrierEvent) -> bool:
+    seen = event.sighting
+    insert = upsert(unit.connection, s.carrier_events).values(
+        id=event.id, carrier_id=seen.carrier_id, type=event.type, received_at=unit.now,
+        to_number=seen.to_number, from_number=seen.from_number, connection_id=seen.connection_id,
+        occurred_at=seen.seen_at, report=write_report(event.report),
+    )  # fmt: skip
+    insert = insert.on_conflict_do_nothing().returning(s.carrier_events.c.id)
+    return unit.connection.execute(insert).first() is not None
+
+
+def _park(unit: Unit, sighting: Sighting) -> tuple[Fate, str | None]:
+    """Leave the event for its answer; a doubt that it fits is looked at now (rule 3)."""
+    rows = unit.connection.execute(_NAMELESS, {"number": sighting.to_number}).mappings().all()
+    fitting = [row for row in rows if fits(read_attempt(row), sighting.to_number, sighting)]
+    closed = [row for row in fitting if row["end"] == End.ABSENT.value]
+    if any(row["open"] for row in fitting):
+        for row in fitting:
+            unit.connection.execute(_ASK_NOW, {"fax_id": row["fax_id"], "now": unit.now})
+    elif len(closed) == 1:
+        apply(unit, closed[0]["fax_id"], Taken(closed[0]["id"], sighting.carrier_id))  # replays the event
+        return Fate.APPLIED, closed[0]["fax_id"]
+    return Fate.PARKED, None
+
+
+# --- time ------------------------------------------------------------------------------------------
+
+_MOST = 200  # faxes in one look of the caretaker, so that it holds up nobody
+
+_LAPSED = (
+    sa.select(s.faxes.c.id)
+    .where(s.faxes.c.ended_at.is_(None), s.faxes.c.state == State.SUBMITTING.value)
+    .where(s.faxes.c.due_at <= sa.bindparam("now"))
+    .limit(_MOST)
+)
+_EXPIRED = (
+    sa.select(s.faxes.c.id)
+    .where(s.faxes.c.ended_at.is_(None), s.faxes.c.give_up_at <= sa.bindparam("now"))
+    .where(s.faxes.c.state.in_([State.QUEUED.value, State.HELD.value]))
+    .where(~sa.exists().where(s.attempts.c.fax_id == s.faxes.c.id, s.attempts.c.open.is_(True)))
+    .limit(_MOST)
+)
+_UNTOLD = (
+    sa.select(s.faxes.c.id)
+    .where(sa.text("ended_at IS NULL AND NOT told_delayed"), s.faxes.c.accepted_at <= sa.bindparam("before"))
+    .limit(_MOST)
+)
+_QUIET = (
+    sa.select(s.attempts.c.fax_id.label("id"))
+    .where(sa.text("blocking"), s.attempts.c.blocking.is_(True))
+    .where(
+        s.attempts.c.started_at <= sa.bindparam("before"), s.attempts.c.changed_at <= sa.bindparam("before")
+    )
+)
+_UNTOLD_WAITING = (
+    sa.select(s.faxes.c.id)
+    .where(sa.text("ended_at IS NULL AND NOT told_delayed"), s.faxes.c.state == State.QUEUED.value)
+    .limit(_MOST)
+)
+_HELD = sa.select(s.brakes.c.cause).where(s.brakes.c.kind == "hold").limit(1)
+
+
+def pass_time(unit: Unit) -> int:
+    """Let time happen to every fax whose time has come; return how many that were.
+
+    Lapsed claims become doubts (rule 10), deadlines end waiting faxes, silent calls count as stuck, and
+    senders hear of a delay.
+    """
+    rules, now = unit.rules, {"now": unit.now}
+    done = 0
+    for fax_id in _ids(unit, _LAPSED, now):
+        attempt = load(unit.connection, fax_id).attempts[-1]
+        apply(unit, fax_id, Doubted(attempt.id, "lease ran out"))
+        done += 1
+    due = [
+        *_ids(unit, _EXPIRED, now),
+        *_ids(unit, _UNTOLD, {"before": unit.now - rules.delayed_after}),
+        *_ids(unit, _QUIET, {"before": unit.now - rules.stuck_after}),
+    ]
+    for fax_id in dict.fromkeys(due):
+        apply(unit, fax_id, TimePassed())
+        done += 1
+    cause = unit.connection.execute(_HELD).scalar()
+    if cause is not None:
+        for fax_id in _ids(unit, _UNTOLD_WAITING, {}):
+            apply(unit, fax_id, AccountHeld(cause))
+            done += 1
+    return done
+
+
+def _ids(unit: Unit, query: sa.Select[tuple[str]], values: dict[str, float]) -> list[str]:
+    return [row.id for row in unit.connection.execute(query, values)]
+
+
+_SUBMITTING = sa.select(s.faxes.c.id).where(
+    s.faxes.c.ended_at.is_(None), s.faxes.c.state == State.SUBMITTING.value
+)
+_ASK_ALL = (
+    s.faxes.update()
+    .where(s.faxes.c.ended_at.is_(None), s.faxes.c.state.in_(["sending", "in_doubt"]))
+    .values(lease_until=0.0)
+)
+_ASK_SENDING = (
+    s.faxes.update()
+    .where(s.faxes.c.ended_at.is_(None), s.faxes.c.state == "sending")
+    .values(due_at=sa.bindparam("at"))
+)
+
+
+def take_over(unit: Unit) -> int:
+    """Take over from a gateway that stopped: what it was about to send is in doubt; ask about the rest."""
+    ids = _ids(unit, _SUBMITTING, {})
+    for fax_id in ids:
+        attempt = load(unit.connection, fax_id).attempts[-1]
+        apply(unit, fax_id, Doubted(attempt.id, "the gateway stopped"))
+    unit.connection.execute(_ASK_ALL)
+    unit.connection.execute(_ASK_SENDING, {"at": unit.now})
+    unit.connection.execute(s.outbox.update().where(s.outbox.c.sent_at.is_(None)).values(lease_until=0.0))
+    return len(ids)
+
+
+_WAITING_EVENTS = (
+    sa.select(s.carrier_events)
+    .where(s.carrier_events.c.fax_id.is_(None), s.carrier_events.c.received_at > sa.bindparam("since"))
+    .order_by(s.carrier_events.c.received_at.desc())
+    .limit(_MOST)
+)
+
+
+def sweep_parked(unit: Unit) -> int:
+    """Look at parked events again, a day long: the net under rule 5, and the late word on a closed doubt."""
+    rows = unit.connection.execute(_WAITING_EVENTS, {"since": unit.now - 86400.0}).all()
+    fates = [_place(unit, row.id, _sighting(row), read_report(row.report)) for row in rows]
+    return sum(1 for fate, _ in fates if fate is Fate.APPLIED)
