@@ -1,0 +1,194 @@
+"""What a child process does to one mail, and the daemon's side of the call.
+
+In charge of the way of a mail from the bytes after DATA to the finished document: `Preparer` puts the mail
+into a private file and asks a child, which runs `message` and then `document` on it and writes the result
+into a second file; nothing large goes through the pipe.
+
+Promises: the files exist with mode 0600 in a folder of the gateway's own for as long as the call takes, and
+the document until `Prepared.discard`; every way out removes them, and `sweep` removes what a killed daemon
+left. The child is run as `python -I -m gateway.prepare`.
+"""
+
+import asyncio
+import base64
+import contextlib
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from gateway import document, message
+from gateway.children import ChildFailed, Json, Pool, serve
+from gateway.message import MailRefused
+
+COMMAND = (sys.executable, "-I", "-m", "gateway.prepare")
+"""How the pool starts its children."""
+_PREFIX = "prepare-"
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A mail whose document is ready to be stored; use it as a context, or call `discard`.
+
+    `digest` is over the received attachments (`message.Mail`), `sha256`, `size` (octets) and `pages` are
+    those of the file `document`.
+    """
+
+    message_id: str | None
+    subject: str
+    references: str
+    original_headers: bytes
+    digest: str
+    pages: int
+    size: int
+    sha256: str
+    document: Path
+
+    def __enter__(self) -> Self:
+        """Return this."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Discard the document."""
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the document's file; harmless if it is gone."""
+        self.document.unlink(missing_ok=True)
+
+
+class Preparer:
+    """Has mails prepared and pictures drawn by the children of `pool`, by way of files in `folder`."""
+
+    def __init__(self, pool: Pool, folder: Path, *, max_pages: int, max_size: int) -> None:
+        self._pool = pool
+        self._folder = folder
+        self._max_pages = max_pages
+        self._max_size = max_size
+
+    @property
+    def full(self) -> bool:
+        """Whether a new mail should be put off (451) before its DATA is read."""
+        return self._pool.full
+
+    def sweep(self) -> None:
+        """Make the folder if need be and remove what an earlier life left in it; for the start."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for leftover in self._folder.glob(_PREFIX + "*"):
+            leftover.unlink(missing_ok=True)
+
+    async def mail(self, raw: bytes) -> Prepared:
+        """Return the document that the mail `raw` asks for.
+
+        Raises MailRefused with the answer for the sender; ChildFailed when the mail could not be examined, be
+        it the machine's trouble or a document that hangs, bursts or kills its child: nobody can tell at the
+        first try, so the door answers 451 and decides by itself how often; OSError when the folder cannot be
+        written.
+        """
+        with contextlib.ExitStack() as files:
+            made = self._empty_file(files)
+            job = {"max_pages": self._max_pages, "max_size": self._max_size, "out": str(made)}
+            answer = await self._ask("mail", raw, job)
+            try:
+                if "refused" in answer:
+                    raise MailRefused(**answer["refused"])
+                ok = answer["ok"]
+                ok["original_headers"] = base64.b64decode(ok["original_headers"])
+                prepared = Prepared(document=made, **ok)
+            except (KeyError, TypeError, ValueError) as fault:
+                raise ChildFailed("fault", type(fault).__name__) from fault
+            files.pop_all()
+            return prepared
+
+    async def picture(self, pdf: bytes) -> bytes | None:
+        """Return the first page as PNG, or None if it cannot be drawn, for whatever reason.
+
+        Raises ChildFailed only when the pool is closed, OSError when the folder cannot be written.
+        """
+        with contextlib.ExitStack() as files:
+            made = self._empty_file(files)
+            try:
+                await self._ask("picture", pdf, {"out": str(made)})
+            except ChildFailed as failure:
+                if failure.reason == "closed":
+                    raise
+                return None
+            return made.read_bytes()
+
+    async def _ask(self, do: str, data: bytes, job: Json) -> Json:
+        with contextlib.ExitStack() as files:
+            handle, received = self._file(files)
+            # Opened here and only written in the thread: if this is cancelled meanwhile, no file is left
+            # behind.
+            await asyncio.to_thread(_write, os.fdopen(handle, "wb"), data)
+            return await self._pool.run({"do": do, "path": str(received)} | job)
+
+    def _file(self, files: contextlib.ExitStack) -> tuple[int, Path]:
+        """Make an empty private file that `files` removes; return it open for writing, and its path."""
+        handle, name = tempfile.mkstemp(prefix=_PREFIX, dir=self._folder)
+        path = Path(name)
+        files.callback(path.unlink, missing_ok=True)
+        return handle, path
+
+    def _empty_file(self, files: contextlib.ExitStack) -> Path:
+        handle, path = self._file(files)
+        os.close(handle)
+        return path
+
+
+def _write(file: BinaryIO, data: bytes) -> None:
+    with file:
+        file.write(data)
+
+
+def work(job: Json) -> Json:
+    """Do one job in the child.
+
+    The job is {"do": "mail" or "picture", "path": file to read, "out": file to fill, and limits}. Answers
+    {"ok": fields of Prepared, without the path} or {"refused": fields of MailRefused}.
+    """
+    source, result = Path(job["path"]), Path(job["out"])
+    if job["do"] == "picture":
+        _fill(result, document.first_page_picture(source.read_bytes()))
+        return {"ok": {}}
+    try:
+        mail = message.parse(source.read_bytes())
+        made = document.join(mail.attachments, max_pages=job["max_pages"], max_size=job["max_size"])
+    except MailRefused as refusal:
+        fields = {"code": refusal.code, "status": refusal.status, "text": refusal.text, "log": refusal.log}
+        return {"refused": fields}
+    _fill(result, made.data)
+    return {
+        "ok": {
+            "message_id": mail.message_id,
+            "subject": mail.subject,
+            "references": mail.references,
+            "original_headers": base64.b64encode(mail.original_headers).decode("ascii"),
+            "digest": mail.digest,
+            "pages": made.pages,
+            "size": len(made.data),
+            "sha256": made.sha256,
+        }
+    }
+
+
+def _fill(path: Path, data: bytes) -> None:
+    """Write into a file that must exist: once the daemon has removed it, nobody waits for it any more."""
+    with path.open("r+b") as file:
+        file.write(data)
+
+
+def main() -> None:
+    """Serve jobs from standard input; answers leave by a copy of standard output that no library knows of."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    serve(work, sys.stdin.buffer, answers)
+
+
+if __name__ == "__main__":
+    main()
