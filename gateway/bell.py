@@ -1,0 +1,43 @@
+"""Waking a loop that has nothing to do.
+
+In charge of: the wait of every loop, ended by a ring or by its timeout.
+
+Promises: a ring between two waits is not lost, it ends the next one at once. A lost ring costs the timeout,
+never a fax: each loop looks again by itself.
+
+Fails: never.
+"""
+
+import asyncio
+import contextlib
+
+
+class Bell:
+    """One ringer, any number of listeners; all in one event loop."""
+
+    def __init__(self) -> None:
+        self._listeners: list[asyncio.Event] = []
+
+    def ring(self) -> None:
+        """Wake everyone. From another thread: `loop.call_soon_threadsafe(bell.ring)`."""
+        for listener in self._listeners:
+            listener.set()
+
+    def listener(self) -> "Listener":
+        """Return a new listener."""
+        event = asyncio.Event()
+        self._listeners.append(event)
+        return Listener(event)
+
+
+class Listener:
+    """What one loop waits with."""
+
+    def __init__(self, event: asyncio.Event) -> None:
+        self._event = event
+
+    async def wait(self, timeout: float) -> None:  # noqa: ASYNC109 -- running out is the normal case here
+        """Return when the bell rang, or rang since the last wait, or after `timeout` seconds."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._event.wait(), timeout)
+        self._event.clear()
