@@ -1,0 +1,297 @@
+"""The command line: `fax-gateway`, also `python -m gateway`.
+
+In charge of: words and exit codes; what a command does is done by the part that it calls.
+
+Promises: operators' commands go through the same door as everything else, beside a running daemon. Exit codes
+follow sysexits(3): 64 usage, 65 no such fax or not possible for it, 69 no answer, 75 try later, 78
+configuration. Heavy parts are loaded only by the commands that need them.
+
+Fails: with one line on standard error that says what to do.
+"""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from gateway import __version__
+
+if TYPE_CHECKING:
+    from gateway.config import Fault, Settings
+    from gateway.reasons import Reason
+
+EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_TEMPFAIL, EX_CONFIG = 64, 65, 69, 75, 78
+DEFAULT_CONFIG = Path("/etc/email-fax-gateway/config.toml")
+
+app = typer.Typer(
+    name="fax-gateway",
+    help="Mail a PDF to a telephone number, get a fax and an answer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help=f"The settings; else $FAX_GATEWAY_CONFIG, else {DEFAULT_CONFIG}."),
+]
+
+
+@app.callback()
+def _top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+# --- the daemon and its settings -------------------------------------------------------------------
+
+
+@app.command()
+def serve(config: Config = None) -> None:
+    """Run the daemon: mail in, calls, webhooks in, replies out.
+
+    Example: fax-gateway serve --config /etc/email-fax-gateway/config.toml
+    """
+    from gateway import daemon, log
+    from gateway.children import ChildFailed
+    from gateway.database import WrongDatabase
+
+    settings, warnings = load_settings(config)
+    log.configure(
+        format=settings.log.format,
+        level=settings.log.level,
+        mask_numbers=settings.log.mask_numbers,
+        stream=sys.stdout,
+    )
+    for warning in warnings:
+        log.get_logger().warning("configuration_warning", key=warning.key, text=warning.text)
+    try:
+        asyncio.run(daemon.serve(settings, os.environ))
+    except WrongDatabase as error:
+        end(EX_CONFIG, f"store.url: {error}")
+    except (OSError, ChildFailed) as error:
+        end(EX_UNAVAILABLE, f"cannot start: {error}")
+
+
+@app.command()
+def check(
+    config: Config = None,
+    online: Annotated[bool, typer.Option("--online", help="Also ask the carrier, read-only.")] = False,
+) -> None:
+    """Validate the configuration and print every fault at once.
+
+    Example: fax-gateway check --online
+    """
+    settings, warnings = load_settings(config)
+    for warning in warnings:
+        typer.echo(f"warning: {warning}")
+    typer.echo("configuration: good")
+    if online:
+        raise typer.Exit(asyncio.run(_check_online(settings)))
+
+
+async def _check_online(settings: "Settings") -> int:
+    from gateway.daemon import carrier_of
+
+    async with carrier_of(settings) as carrier:
+        findings = await carrier.check()
+    for finding in findings:
+        typer.echo(f"{finding.level}: {finding.text}")
+    return EX_CONFIG if any(finding.level == "error" for finding in findings) else 0
+
+
+@app.command()
+def health(config: Config = None) -> None:
+    """Ask the running daemon whether it is ready; exit code 0 or 1. For container health checks."""
+    from urllib.error import URLError
+    from urllib.request import urlopen
+
+    settings, _ = load_settings(config)
+    host, port = settings.http.listen.host, settings.http.listen.port
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 -- asked, not bound
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/readyz"
+    try:
+        with urlopen(url, timeout=5) as answer:
+            typer.echo(answer.read().decode())
+    except (URLError, OSError) as error:
+        end(1, f"not ready: {error}")
+
+
+# --- trying it out ---------------------------------------------------------------------------------
+
+
+@app.command()
+def demo(
+    once: Annotated[bool, typer.Option("--once", help="End when the reply is there.")] = False,
+) -> None:
+    """Show the whole way on this machine, with no account: gateway, stand-in carrier and a mailbox.
+
+    Example: fax-gateway demo --once
+    """
+    from gateway import demo as demonstration
+
+    try:
+        code = asyncio.run(demonstration.run(once=once, show=typer.echo))
+    except KeyboardInterrupt:
+        code = 0
+    raise typer.Exit(code)
+
+
+@app.command()
+def sandbox(
+    listen: Annotated[str, typer.Option(help="Address and port of the API.")] = "127.0.0.1:8089",
+    webhooks: Annotated[str | None, typer.Option(help="Where the signed webhooks go, a URL.")] = None,
+    call_time: Annotated[float, typer.Option(help="Seconds that a call takes.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Draw outcomes for other numbers, repeatably.")] = None,
+    script: Annotated[Path | None, typer.Option(help="TOML: behaviours by number.")] = None,
+) -> None:
+    """Run the stand-in carrier: Telnyx's HTTP API, with numbers that fail on purpose (docs/sandbox.md).
+
+    Example: fax-gateway sandbox --webhooks http://127.0.0.1:8080/webhooks/telnyx
+    """
+    from gateway import sandbox as stand_in
+    from gateway.sandbox_script import ScriptError, read_script
+
+    host, _, port = listen.rpartition(":")
+    if not port.isdigit():
+        end(EX_USAGE, "--listen takes an address and a port, as in 127.0.0.1:8089")
+    try:
+        options = stand_in.SandboxOptions(
+            host=host.strip("[]"),
+            port=int(port),
+            webhook_url=webhooks,
+            call_time=call_time,
+            seed=seed,
+            script=read_script(script) if script else {},
+        )
+        asyncio.run(stand_in.serve(options, typer.echo))
+    except KeyboardInterrupt:
+        return
+    except (OSError, ScriptError) as error:
+        end(EX_UNAVAILABLE, str(error))
+
+
+@app.command()
+def send(
+    file: Annotated[Path, typer.Argument(help="The PDF.", exists=True, dir_okay=False, readable=True)],
+    to: Annotated[str, typer.Option(help="The number, as in +13127367276.")],
+    sender: Annotated[str, typer.Option("--from", help="Your mail address: the reply goes there.")],
+    config: Config = None,
+) -> None:
+    """Send one fax from the shell, through the SMTP door and its rules.
+
+    Example: fax-gateway send letter.pdf --to +13127367276 --from me@example.com
+    """
+    import smtplib
+    from email.message import EmailMessage
+    from email.utils import formatdate, make_msgid
+
+    settings, _ = load_settings(config)
+    message = EmailMessage()
+    message["From"], message["To"] = sender, f"{to}@{settings.smtp.domains[0]}"
+    message["Subject"], message["Date"] = file.name, formatdate()
+    message["Message-ID"] = make_msgid(domain=settings.smtp.domains[0])
+    message.set_content("Sent by fax-gateway send.")
+    message.add_attachment(file.read_bytes(), maintype="application", subtype="pdf", filename=file.name)
+    endpoint = settings.smtp.listen[0]
+    try:
+        with smtplib.SMTP(endpoint.host, endpoint.port, timeout=60) as door:
+            door.ehlo()
+            for answer in (door.mail(sender), door.rcpt(message["To"]), door.data(message.as_bytes())):
+                if answer[0] >= 400:  # noqa: PLR2004 -- RFC 5321, 4.2.1
+                    code = EX_DATAERR if answer[0] >= 500 else EX_TEMPFAIL  # noqa: PLR2004
+                    end(code, f"{answer[0]} {answer[1].decode(errors='replace')}")
+            typer.echo(answer[1].decode(errors="replace"))
+    except (OSError, smtplib.SMTPException) as error:
+        end(EX_TEMPFAIL, f"the gateway does not answer on {endpoint.host}:{endpoint.port}: {error}")
+
+
+@app.command()
+def explain(
+    reason: Annotated[str, typer.Argument(help="A failure_reason, as in user_busy.")],
+    config: Config = None,
+) -> None:
+    """Print what a failure reason means, whether it is called again, and what the sender is told.
+
+    Example: fax-gateway explain receiver_no_answer
+    """
+    from gateway import reasons
+    from gateway.config import Retries
+
+    known = {row.name for row in (*reasons.TABLE, *reasons.LOCAL)}
+    retries = load_settings(config)[0].retries if config else Retries()
+    row = reasons.lookup(reason)
+    if row.name not in known:
+        near = ", ".join(reasons.nearest(reason))
+        typer.echo(f"{reason} is not in the table{f'; did you mean {near}?' if near else ''}", err=True)
+    plan = getattr(retries, row.kind.value, None)
+    typer.echo(f"reason:    {row.name}")
+    typer.echo(f"class:     {row.kind}")
+    typer.echo(f"retries:   {_plan(row, plan)}")
+    typer.echo(f"told:      {row.sentence}")
+    typer.echo(f"advice:    {row.advice}")
+    typer.echo(f"status:    {row.status}")
+    if row.pages_may_have_arrived:
+        typer.echo("note:      pages may have arrived")
+    if row.alert:
+        typer.echo("note:      the postmaster is told")
+    if row.name not in known:
+        raise typer.Exit(EX_DATAERR)
+
+
+def _plan(row: "Reason", waits: tuple[float, ...] | None) -> str:
+    if waits is None:
+        return {
+            "capacity": "when the queue goes on; not counted as a call",
+            "account": "when the account's hold ends (a probe every 5 min to 1 h)",
+            "sender": "when the number's hold ends (a probe every 5 min to 1 h)",
+            "spend": "after 00:00 UTC",
+            "contradiction": "none by itself: the carrier is asked again, then an operator",
+        }.get(row.kind.value, "none")
+    used = waits[: row.cap] if row.cap is not None else waits
+    if not used:
+        return "none"
+    minutes = ", ".join(f"{wait / 60:g} min" for wait in used)
+    return f"after {minutes}" + (
+        f" ({row.adjust.value.replace('_', ' ')})" if row.adjust.value != "none" else ""
+    )
+
+
+# --- what the commands share -----------------------------------------------------------------------
+
+
+def load_settings(path: Path | None) -> "tuple[Settings, list[Fault]]":
+    """Return the settings and what is odd about them; end with 78 and every fault."""
+    from gateway.config import ConfigurationError, load
+
+    where = path or Path(os.environ.get("FAX_GATEWAY_CONFIG") or DEFAULT_CONFIG)
+    try:
+        return load(where, os.environ)
+    except ConfigurationError as error:
+        for fault in error.faults:
+            typer.echo(f"{fault}", err=True)
+        raise typer.Exit(EX_CONFIG) from None
+
+
+def end(code: int, text: str) -> NoReturn:
+    """Say one line and end with `code`."""
+    typer.echo(f"fax-gateway: {text}", err=True)
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    """Run the command line; a usage error ends with 64 instead of typer's 2."""
+    from gateway import cli_queue
+
+    cli_queue.register(app)
+    try:
+        app()
+    except SystemExit as end:
+        sys.exit(EX_USAGE if end.code == 2 else end.code)  # noqa: PLR2004

@@ -1,0 +1,413 @@
+"""The settings: every key with its type, default and limits, and where the values come from.
+
+In charge of reading the TOML file, the environment (`FAX_GATEWAY_SECTION__KEY`) and systemd's credentials, of
+which the later win over the earlier, and of telling an operator what is wrong with them.
+
+Promises: `load` returns settings that every part of the gateway can rely on, or raises `ConfigurationError`
+with every fault that can be found at once, each under its key and with what to do. No text of it, and no
+`repr`, shows a secret. It reads the given file and the credentials and nothing else.
+"""
+
+import difflib
+import ipaddress
+import json
+import stat
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast, get_origin
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from gateway import config_values as values
+from gateway.config_values import Endpoint, Relay, duration, size
+
+PREFIX = "FAX_GATEWAY_"
+LOCATION = "FAX_GATEWAY_CONFIG"
+"""The variable that names the file: the only one with the prefix that is not a key."""
+CREDENTIALS = ("telnyx.api_key", "telnyx.public_key", "replies.relay_password")
+"""Keys that may be files in `$CREDENTIALS_DIRECTORY` (systemd.exec(5), "Credentials")."""
+
+Raw = dict[str, dict[str, Any]]
+"""Section, key, value, as read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something wrong, or probably not meant, with `section.key` or a variable; empty for the whole file."""
+
+    key: str
+    text: str
+
+    def __str__(self) -> str:
+        """Return one line for an operator."""
+        return f"{self.key}: {self.text}" if self.key else self.text
+
+
+class ConfigurationError(Exception):
+    """The configuration cannot be used; `faults` holds all that was found."""
+
+    def __init__(self, faults: list[Fault]) -> None:
+        super().__init__("\n".join(map(str, faults)))
+        self.faults = faults
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+class Smtp(_Section):
+    """`[smtp]`: the door for mail."""
+
+    listen: values.Endpoints = (Endpoint("127.0.0.1", 2525),)
+    hostname: values.Hostname = ""
+    domains: values.Domains = ("fax.local",)
+    max_message_size: values.Size = size("28MB")
+    max_recipients: values.Count = 50
+    max_connections: values.Count = 200
+    max_connections_per_host: values.Count = 20
+    timeout: values.Wait = duration("5m")
+
+
+class Senders(_Section):
+    """`[senders]`: who may send without login."""
+
+    networks: tuple[values.NetworkText, ...] = (
+        ipaddress.ip_network("127.0.0.0/8"),
+        ipaddress.ip_network("::1/128"),
+    )
+    addresses: tuple[values.SenderGlob, ...] = ("*",)
+
+
+class Destinations(_Section):
+    """`[destinations]`: where faxes may go."""
+
+    default_region: values.Region = "US"
+    countries: tuple[values.Region, ...] = ("US", "CA")
+    allow: tuple[values.NumberGlob, ...] = ()
+    deny: tuple[values.NumberGlob, ...] = ()
+    premium: bool = False
+
+
+class Documents(_Section):
+    """`[documents]`: what may be faxed; the carrier takes no more than the defaults."""
+
+    max_pages: Annotated[values.Count, Field(le=350)] = 350
+    max_size: values.DocumentSize = size("20MB")
+
+
+class Telnyx(_Section):
+    """`[telnyx]`: the carrier."""
+
+    api_key: values.Secret
+    connection_id: values.ConnectionId
+    from_number: values.Number
+    public_key: values.PublicKey = ""
+    api_base: values.ApiBase = "https://api.telnyx.com/v2"
+    quality: Literal["normal", "high", "very_high", "ultra_light", "ultra_dark"] = "high"
+    t38_enabled: bool = True
+    monochrome: bool = False
+    channels: values.Count = 2
+    poll_after: values.Wait = duration("2m")
+    doubt_checks: values.AscendingWaits = tuple(map(duration, ("10s", "30s", "1m", "2m", "5m", "10m")))
+
+
+class Http(_Section):
+    """`[http]`: the door for the carrier's events and for monitoring."""
+
+    listen: values.EndpointText = Endpoint("127.0.0.1", 8080)
+    webhook_path: values.WebhookPath = "/webhooks/telnyx"
+
+
+class Replies(_Section):
+    """`[replies]`: mail out."""
+
+    relay: values.RelayUrl = Relay("none", "127.0.0.1", 25)
+    relay_user: values.UserName = ""
+    relay_password: values.Secret = SecretStr("")
+    sender: values.Mailbox = "Fax gateway <fax@fax.local>"
+    postmaster: values.MailAddress
+    format: Literal["mail", "report"] = "mail"
+    attach_first_page: bool = True
+    delayed_after: values.Wait = duration("4h")
+    give_up_after: values.Wait = duration("5d")
+
+
+class Retries(_Section):
+    """`[retries]`: the waits before each new call, by kind of failure."""
+
+    busy: values.Waits = tuple(map(duration, ("3m", "6m", "12m", "20m")))
+    no_answer: values.Waits = tuple(map(duration, ("15m", "30m", "60m")))
+    line: values.Waits = tuple(map(duration, ("2m", "10m", "30m")))
+    provider: values.Waits = tuple(map(duration, ("5m", "15m", "60m")))
+    declined: values.Waits = (duration("60m"),)
+    max_calls: values.Count = 5
+    give_up_after: values.Wait = duration("24h")
+
+
+class Store(_Section):
+    """`[store]`: the database."""
+
+    url: values.StoreUrl = "sqlite:////var/lib/email-fax-gateway/gateway.db"
+    keep_documents: values.Duration = duration("1d")
+    keep_records: values.Wait = duration("365d")
+    duplicate_window: values.Duration = duration("24h")
+
+
+class Log(_Section):
+    """`[log]`: what is told, and how."""
+
+    format: Literal["auto", "console", "json"] = "auto"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    mask_numbers: bool = True
+
+
+class Settings(_Section):
+    """Everything that can be set."""
+
+    smtp: Smtp
+    senders: Senders
+    destinations: Destinations
+    documents: Documents
+    telnyx: Telnyx
+    http: Http
+    replies: Replies
+    retries: Retries
+    store: Store
+    log: Log
+
+
+KEYS: Mapping[str, FieldInfo] = {
+    f"{section}.{key}": field
+    for section, model in Settings.model_fields.items()
+    for key, field in cast("type[_Section]", model.annotation).model_fields.items()
+}
+"""Every key, in order."""
+
+_REQUIRED = {
+    "telnyx.api_key": "create an API key (V2) in the Telnyx portal and put it here or into a credential",
+    "telnyx.connection_id": "put the id of your Fax Application of the Telnyx portal here",
+    "telnyx.from_number": 'put the fax number that you send from here, as in "+13127367276"',
+    "replies.postmaster": "put the address of a person who reads alerts here",
+}
+
+
+def load(path: Path, environ: Mapping[str, str]) -> tuple[Settings, list[Fault]]:
+    """Return the settings, and warnings about what is allowed but dangerous or without effect.
+
+    `environ` is the process's environment. Raises `ConfigurationError`.
+    """
+    faults: list[Fault] = []
+    in_environment = _read_environment(environ, faults)
+    in_credentials = _read_credentials(environ, faults)
+    in_file = _read_file(path, faults)
+    if in_file is None:  # what it would have held is not worth guessing
+        raise ConfigurationError(faults)
+    raw: Raw = {section: {} for section in Settings.model_fields}
+    for layer in (_known(in_file, faults), in_environment, in_credentials):
+        for key, value in layer.items():
+            section, _, name = key.partition(".")
+            raw[section][name] = value
+    found = _validated(raw, faults)
+    faults += _conflicts(found)
+    if faults:
+        raise ConfigurationError(faults)
+    return Settings.model_validate(raw), [*_file_warnings(path, in_file), *_warnings(found)]
+
+
+def variable(key: str) -> str:
+    """Return the environment's name of a key: `FAX_GATEWAY_TELNYX__API_KEY`."""
+    return PREFIX + key.replace(".", "__").upper()
+
+
+def _read_file(path: Path, faults: list[Fault]) -> dict[str, Any] | None:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        faults.append(Fault("", f"there is no file {path}; create it or name another one"))
+    except OSError as error:
+        faults.append(Fault("", f"{path} cannot be read: {error.strerror}"))
+    except UnicodeDecodeError:
+        faults.append(Fault("", f"{path} is not a text in UTF-8"))
+    except tomllib.TOMLDecodeError as error:
+        faults.append(Fault("", f"{path} is not TOML: {error}"))
+    return None
+
+
+def _known(content: Mapping[str, Any], faults: list[Fault]) -> dict[str, Any]:
+    """Return the values of a file by key; what is no key is a fault."""
+    found = {}
+    for section, keys in content.items():
+        if not isinstance(keys, dict):
+            is_section = section in Settings.model_fields
+            text = f"is a section; write [{section}] and its keys below" if is_section else _unknown(section)
+            faults.append(Fault(section, text))
+            continue
+        if section not in Settings.model_fields:
+            near = difflib.get_close_matches(section, Settings.model_fields, n=1, cutoff=0.5)
+            there = f"did you mean [{near[0]}]?" if near else f"there are {', '.join(Settings.model_fields)}"
+            faults.append(Fault(section, f"is not a section; {there}"))
+            continue
+        for name, value in keys.items():
+            key = f"{section}.{name}"
+            if key in KEYS:
+                found[key] = value
+            else:
+                faults.append(Fault(key, _unknown(key)))
+    return found
+
+
+def _read_environment(environ: Mapping[str, str], faults: list[Fault]) -> dict[str, Any]:
+    variables = {variable(key): key for key in KEYS}
+    found: dict[str, Any] = {}
+    for name, value in environ.items():
+        if not name.startswith(PREFIX) or name == LOCATION:
+            continue
+        if name not in variables:
+            near = difflib.get_close_matches(name, variables, n=1, cutoff=0)
+            faults.append(Fault(name, f"is not a key; did you mean {near[0]}?"))
+            continue
+        key = variables[name]
+        found[key] = value
+        if get_origin(KEYS[key].annotation) is tuple:
+            try:
+                found[key] = json.loads(value) if value.lstrip().startswith("[") else _split(value)
+            except ValueError:
+                del found[key]
+                faults.append(Fault(name, "is neither a JSON list nor values with commas between"))
+    return found
+
+
+def _split(value: str) -> list[str]:
+    return [item.strip() for item in value.split(",") if item.strip()]
+
+
+def _read_credentials(environ: Mapping[str, str], faults: list[Fault]) -> dict[str, Any]:
+    directory = environ.get("CREDENTIALS_DIRECTORY")
+    found = {}
+    for key in CREDENTIALS if directory else ():
+        try:
+            found[key] = Path(directory or "", key).read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            continue
+        except (OSError, UnicodeDecodeError):
+            faults.append(Fault(key, f"the credential in {directory} cannot be read"))
+    return found
+
+
+def _unknown(key: str) -> str:
+    """Return words for a key that does not exist, naming the one that was probably meant."""
+    section, _, name = key.rpartition(".")
+    same_name = [known for known in KEYS if known.endswith(f".{name}")]
+    near = same_name or difflib.get_close_matches(key, KEYS, n=1, cutoff=0.7)
+    if near:
+        return f"is not a key; did you mean {near[0]}?"
+    others = [known.partition(".")[2] for known in KEYS if known.startswith(f"{section}.")]
+    return f"is not a key; [{section}] has {', '.join(others)}" if others else "is not a section"
+
+
+def _validated(raw: Raw, faults: list[Fault]) -> dict[str, Any]:
+    """Return the good values by key, defaults included."""
+    found = {}
+    for key, field in KEYS.items():
+        section, _, name = key.partition(".")
+        value = raw[section].get(name)
+        if value is None or (value == "" and key in _REQUIRED):
+            if field.is_required():
+                faults.append(Fault(key, f"is missing; {_REQUIRED[key]}"))
+            else:
+                found[key] = field.default
+            continue
+        adapter: TypeAdapter[Any] = TypeAdapter(field.rebuild_annotation())
+        try:
+            found[key] = adapter.validate_python(value)
+        except ValidationError as error:
+            faults += [Fault(key, _in_words(value, detail)) for detail in error.errors()]
+    return found
+
+
+def _in_words(value: object, detail: ErrorDetails) -> str:
+    """Return what is wrong with a value. Never shows it: it may be a secret in the wrong place."""
+    context = detail.get("ctx", {})
+    match detail["type"].partition("_")[0]:
+        case "value":
+            words = str(context["error"])
+        case "literal":
+            words = f"must be one of {context['expected']}".replace("'", '"')
+        case "bool":
+            words = "must be true or false"
+        case "int":
+            words = "must be a whole number"
+        case "greater":
+            words = f"must be at least {context['ge']}"
+        case "less":
+            words = f"must be at most {context['le']}"
+        case _:
+            words = 'must be a list, as in ["one", "two"]'
+    several = isinstance(value, list) and len(value) > 1 and detail["loc"]
+    return f"entry {int(detail['loc'][0]) + 1} {words}" if several else words
+
+
+def _conflicts(found: Mapping[str, Any]) -> Iterable[Fault]:
+    """Yield what is wrong between keys, where all keys of a pair are good by themselves."""
+    relay, endpoints = found.get("replies.relay"), found.get("smtp.listen", ())
+    if relay and any(_is_same(relay, endpoint, found.get("smtp.hostname")) for endpoint in endpoints):
+        yield Fault("replies.relay", "is the gateway's own door (smtp.listen); name your mail server")
+    user, password = found.get("replies.relay_user"), found.get("replies.relay_password")
+    if user and password == SecretStr(""):
+        yield Fault("replies.relay_password", "is missing; replies.relay_user needs it")
+    if user == "" and password:
+        yield Fault("replies.relay_user", "is missing; replies.relay_password needs it")
+    keep = found.get("store.keep_records")
+    for key in ("store.keep_documents", "store.duplicate_window"):
+        if keep is not None and found.get(key, 0) > keep:
+            yield Fault(key, "must not be longer than store.keep_records")
+
+
+def _is_same(relay: Relay, endpoint: Endpoint, hostname: str | None) -> bool:
+    """Tell whether mail to the relay would come back in at the endpoint."""
+    if relay.port != endpoint.port:
+        return False
+    return _place(relay.host) == _place(endpoint.host) or (
+        _place(endpoint.host) == "any"
+        and (_place(relay.host) == "loopback" or relay.host.lower() == hostname)
+    )
+
+
+def _place(host: str) -> str:
+    if host.lower() == "localhost":
+        return "loopback"
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host.lower()
+    if address.is_loopback:
+        return "loopback"
+    return "any" if address.is_unspecified else str(address)
+
+
+def _file_warnings(path: Path, content: Mapping[str, Any]) -> Iterable[Fault]:
+    holds_secret = content.get("telnyx", {}).get("api_key") or content.get("replies", {}).get(
+        "relay_password"
+    )
+    if holds_secret and path.stat().st_mode & stat.S_IROTH:
+        yield Fault("", f"{path} holds a secret and can be read by everybody here; chmod 0640 {path}")
+
+
+def _warnings(found: Mapping[str, Any]) -> Iterable[Fault]:
+    for network in found["senders.networks"]:
+        if network.prefixlen == 0:
+            yield Fault("senders.networks", f"{network} lets the whole Internet send faxes at your expense")
+    # Base64 is a third longer than the document, and has line ends (RFC 2045, 6.8).
+    if found["smtp.max_message_size"] < found["documents.max_size"] * 4 / 3 * 78 / 76:
+        yield Fault("smtp.max_message_size", "is too small for a mail with a document of documents.max_size")
+    api = urlsplit(found["telnyx.api_base"])
+    if api.scheme == "http" and _place(api.hostname or "") != "loopback":
+        yield Fault("telnyx.api_base", "is not https; the API key and the documents can be read on the way")
+    relay = found["replies.relay"]
+    if found["replies.relay_user"] and relay.security == "none" and _place(relay.host) != "loopback":
+        yield Fault("replies.relay", "has no TLS; the relay's password can be read on the way")

@@ -1,0 +1,365 @@
+"""The daemon's life: open, wire, listen, ready, drain, close.
+
+In charge of: making the parts, giving each what it needs, starting and stopping them in order.
+
+Promises: "ready" is said when the store is open, the children live and the doors listen; the carrier need not
+answer for that. On the first SIGTERM or SIGINT no new mail is begun, what was begun is finished, and the
+POSTs that are open are awaited; a second signal stops at once, and the next start puts things right.
+
+Fails: `WrongDatabase`, `ChildFailed` or `OSError` at the start, each with what is in the way.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from aiohttp import web
+
+from gateway import __version__, notify
+from gateway.address import Policy
+from gateway.bell import Bell
+from gateway.children import Pool
+from gateway.compose import Letterhead
+from gateway.config import Settings
+from gateway.dispatch import Dispatcher
+from gateway.log import get_logger
+from gateway.metrics import Metrics
+from gateway.notify import Relay
+from gateway.prepare import COMMAND, Preparer
+from gateway.records import Alert, Brake, State
+from gateway.smtp import MailDoor, session_factory
+from gateway.smtp_session import Sessions
+from gateway.store import Store
+from gateway.store_apply import Change
+from gateway.store_work import CallSettings
+from gateway.systemd import Supervisor
+from gateway.telnyx import POST_LIMIT, Telnyx
+from gateway.web import Doorway
+from gateway.wiring import hostname_of, open_store, rules_of
+
+CALL_LEASE = POST_LIMIT + 30.0
+"""Seconds for which a claim to call holds: the longest POST, the questions before it, and a margin."""
+DRAIN_LIMIT = POST_LIMIT + 10.0
+"""Seconds that a stop waits for open POSTs; systemd waits longer."""
+_ACCEPT_LIMIT = 35.0  # seconds that a stop waits for mails after their final dot
+_NOTICES_LIMIT = 15.0  # seconds that a stop waits for replies on their way to the relay
+_TICK_LIMIT = 180.0  # seconds without a turn after which a loop counts as dead
+
+_SCHEMES = {"none": "smtp", "tls": "smtps", "starttls": "smtp+starttls"}
+
+log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Doors:
+    """Where the daemon listens."""
+
+    smtp: tuple[str, ...]
+    http: str
+
+
+async def serve(settings: Settings, environ: Mapping[str, str]) -> None:
+    """Run the gateway until it is told to stop."""
+    supervisor = Supervisor(environ)
+    stop = _stop_on_signal()
+    async with contextlib.AsyncExitStack() as stack:
+        bell, metrics = Bell(), Metrics()
+        store = await stack.enter_async_context(_opened_store(settings, bell, metrics))
+        log.info("started", version=__version__, store=sa.make_url(settings.store.url).database)
+        carrier = await stack.enter_async_context(carrier_of(settings))
+        preparer = await stack.enter_async_context(_preparer(settings))
+        doubts = await store.take_over()
+        if doubts:
+            log.warning(
+                "call_in_doubt", faxes=doubts, cause="the gateway stopped in the middle of these calls"
+            )
+        dispatcher = _dispatcher(settings, store, carrier, metrics)
+        notices = _notices(settings, store, preparer, metrics, bell)
+        tasks = await stack.enter_async_context(_tasks(bell, dispatcher, notices))
+        http = await stack.enter_async_context(
+            _http(settings, store, carrier, metrics, ready=lambda: not stop.is_set())
+        )
+        door, sessions = _mail_door(settings, store, preparer, metrics)
+        smtp = await stack.enter_async_context(_smtp(settings, door, sessions))
+        doors = Doors(smtp, http)
+        log.info("ready", smtp=list(doors.smtp), http=doors.http)
+        supervisor.tell("READY=1", f"STATUS=mail on {', '.join(doors.smtp)}, HTTP on {doors.http}")
+        tasks.append(asyncio.create_task(_beat(supervisor, dispatcher)))
+        await stop.wait()
+        begun = time.monotonic()
+        supervisor.tell("STOPPING=1", "STATUS=finishing what was begun")
+        log.info("stopping")
+        await _drain(door, sessions, dispatcher)
+    log.info("stopped", seconds=round(time.monotonic() - begun, 1))
+
+
+# --- opening: each part is closed when the stack unwinds, in reverse -------------------------------
+
+
+def _stop_on_signal() -> asyncio.Event:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def told() -> None:
+        if stop.is_set():
+            os._exit(1)  # told twice: at once; the store takes no harm from it
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told)
+    return stop
+
+
+@contextlib.asynccontextmanager
+async def _opened_store(settings: Settings, bell: Bell, metrics: Metrics) -> AsyncIterator[Store]:
+    loop = asyncio.get_running_loop()
+    store = await asyncio.to_thread(
+        open_store,
+        settings,
+        serve=True,
+        news=lambda: _from_thread(loop, bell.ring),
+        observe=partial(_observe, metrics),
+    )
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+def _from_thread(loop: asyncio.AbstractEventLoop, ring: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed already
+        loop.call_soon_threadsafe(ring)
+
+
+def carrier_of(settings: Settings) -> Telnyx:
+    """Return the carrier; it is opened as a context."""
+    telnyx = settings.telnyx
+    return Telnyx(
+        api_base=telnyx.api_base,
+        api_key=telnyx.api_key.get_secret_value(),
+        connection_id=telnyx.connection_id,
+        public_key=telnyx.public_key,
+        monochrome=telnyx.monochrome,
+        version=__version__,
+    )
+
+
+def _folder(settings: Settings) -> Path:
+    return Path(str(sa.make_url(settings.store.url).database)).parent
+
+
+@contextlib.asynccontextmanager
+async def _preparer(settings: Settings) -> AsyncIterator[Preparer]:
+    size = max(2, os.cpu_count() or 2)
+    pool = Pool(COMMAND, size=size, queue_limit=8 * size)
+    documents = settings.documents
+    preparer = Preparer(
+        pool, _folder(settings) / "incoming", max_pages=documents.max_pages, max_size=documents.max_size
+    )
+    preparer.sweep()
+    await pool.start()
+    try:
+        yield preparer
+    finally:
+        await pool.close()
+
+
+def _dispatcher(settings: Settings, store: Store, carrier: Telnyx, metrics: Metrics) -> Dispatcher:
+    telnyx = settings.telnyx
+    return Dispatcher(
+        store,
+        carrier,
+        settings=CallSettings(
+            from_number=telnyx.from_number,
+            connection_id=telnyx.connection_id,
+            quality=telnyx.quality,
+            t38=telnyx.t38_enabled,
+            channels=telnyx.channels,
+            lease=CALL_LEASE,
+        ),
+        rules=rules_of(settings),
+        clock=time.time,
+        metrics=metrics,
+        keep_documents=settings.store.keep_documents,
+        keep_records=settings.store.keep_records,
+    )
+
+
+def _notices(
+    settings: Settings, store: Store, preparer: Preparer, metrics: Metrics, bell: Bell
+) -> Coroutine[Any, Any, None]:
+    replies, hostname = settings.replies, hostname_of(settings)
+    relay = Relay(
+        f"{_SCHEMES[replies.relay.security]}://{replies.relay.host}:{replies.relay.port}",
+        hostname=hostname,
+        user=replies.relay_user or None,
+        password=replies.relay_password.get_secret_value() or None,
+    )
+    return notify.run(
+        store,
+        relay,
+        Letterhead(replies.sender, replies.postmaster, hostname, replies.format),
+        clock=time.time,
+        wake=bell.listener(),
+        picture=preparer.picture if replies.attach_first_page else None,
+        give_up_after=replies.give_up_after,
+        count=metrics.reply,
+    )
+
+
+@contextlib.asynccontextmanager
+async def _tasks(
+    bell: Bell, dispatcher: Dispatcher, notices: Coroutine[Any, Any, None]
+) -> AsyncIterator[list[asyncio.Task[None]]]:
+    tasks = [
+        asyncio.create_task(dispatcher.run_calls(bell.listener()), name="calls"),
+        asyncio.create_task(dispatcher.run_questions(bell.listener()), name="questions"),
+        asyncio.create_task(dispatcher.run_caretaker(bell.listener()), name="caretaker"),
+        asyncio.create_task(notices, name="notices"),
+    ]
+    try:
+        yield tasks
+    finally:
+        for task in tasks:
+            task.cancel()
+        _, late = await asyncio.wait(tasks, timeout=_NOTICES_LIMIT)  # mails on their way may arrive
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+# --- the doors -------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def _http(
+    settings: Settings, store: Store, carrier: Telnyx, metrics: Metrics, *, ready: Callable[[], bool]
+) -> AsyncIterator[str]:
+    doorway = Doorway(
+        store,
+        carrier,
+        connection_id=settings.telnyx.connection_id,
+        webhooks=bool(settings.telnyx.public_key),
+        clock=time.time,
+        metrics=metrics,
+        ready=ready,
+    )
+    application = doorway.application(settings.http.webhook_path)
+    runner = web.AppRunner(application, access_log=None, handle_signals=False, keepalive_timeout=15.0)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, settings.http.listen.host, settings.http.listen.port)
+        await site.start()
+        yield _address(runner.addresses[0])
+    finally:
+        await runner.cleanup()
+
+
+def _mail_door(
+    settings: Settings, store: Store, preparer: Preparer, metrics: Metrics
+) -> tuple[MailDoor, Sessions]:
+    smtp, senders, destinations = settings.smtp, settings.senders, settings.destinations
+    policy = Policy(
+        domains=smtp.domains,
+        default_region=destinations.default_region,
+        countries=frozenset(destinations.countries),
+        allow=destinations.allow,
+        deny=destinations.deny,
+        premium=destinations.premium,
+        sender_networks=senders.networks,
+        sender_addresses=senders.addresses,
+    )
+    door = MailDoor(
+        store,
+        preparer,
+        policy=policy,
+        hostname=hostname_of(settings),
+        max_recipients=smtp.max_recipients,
+        duplicate_window=settings.store.duplicate_window,
+        folder=_folder(settings),
+        metrics=metrics,
+    )
+    return door, Sessions(smtp.max_connections, smtp.max_connections_per_host)
+
+
+@contextlib.asynccontextmanager
+async def _smtp(settings: Settings, door: MailDoor, sessions: Sessions) -> AsyncIterator[tuple[str, ...]]:
+    factory = session_factory(
+        door,
+        sessions,
+        size_limit=settings.smtp.max_message_size,
+        hostname=hostname_of(settings),
+        timeout=settings.smtp.timeout,
+    )
+    loop = asyncio.get_running_loop()
+    servers: list[asyncio.Server] = []
+    try:
+        for endpoint in settings.smtp.listen:
+            server = await loop.create_server(factory, endpoint.host, endpoint.port)
+            servers.append(server)
+        yield tuple(_address(listening.getsockname()) for server in servers for listening in server.sockets)
+    finally:
+        for server in servers:
+            server.close()
+
+
+def _address(name: tuple[object, ...]) -> str:
+    host = f"[{name[0]}]" if ":" in str(name[0]) else name[0]
+    return f"{host}:{name[1]}"
+
+
+# --- living and stopping ---------------------------------------------------------------------------
+
+
+async def _beat(supervisor: Supervisor, dispatcher: Dispatcher) -> None:
+    """Tell the watchdog that the event loop and every loop of ours come round."""
+    while supervisor.beat is not None:
+        late = {name: time.monotonic() - tick for name, tick in dispatcher.ticks.items()}
+        if max(late.values(), default=0.0) < _TICK_LIMIT:
+            supervisor.tell("WATCHDOG=1")
+        else:
+            log.error("watchdog_missed", late=round(max(late.values())))
+        await asyncio.sleep(supervisor.beat)
+
+
+async def _drain(door: MailDoor, sessions: Sessions, dispatcher: Dispatcher) -> None:
+    """Finish what was begun: mails after their final dot, then the POSTs that are open."""
+    sessions.close_idle()
+    if door.accepting:
+        await asyncio.wait(door.accepting, timeout=_ACCEPT_LIMIT)
+    await dispatcher.drain(DRAIN_LIMIT)
+
+
+def _observe(metrics: Metrics, change: Change) -> None:
+    """Write the log line and count, once for each change of a fax."""
+    before, after = change.before, change.after
+    if after.final and not before.final:
+        metrics.fax(after.state.value)  # type: ignore[arg-type]  # a final state is one of its outcomes
+        seconds = round((after.ended_at or after.accepted_at) - after.accepted_at, 1)
+        about = {"fax": after.id, "number": after.number, "reason": after.reason, "calls": len(after.calls)}
+        log.info("fax_ended", outcome=after.state.value, seconds=seconds, **about)
+    elif after.state is State.HELD and before.state is not State.HELD:
+        log.warning("fax_held", fax=after.id, cause=after.held_for, detail=after.held_detail)
+    elif after.state is State.QUEUED and before.state is not State.QUEUED:
+        log.info("fax_requeued", fax=after.id, reason=after.calls[-1].reason if after.calls else None,
+                 due=round(after.due_at - time.time(), 1))  # fmt: skip
+    for effect in change.effects:
+        match effect:
+            case Alert(cause):
+                metrics.alert(cause)
+                log.warning("alert_queued", fax=after.id, cause=cause)
+            case Brake(kind, scope, cause):
+                log.warning(
+                    "account_held",
+                    kind=kind,
+                    scope="account" if scope == "account" else "number",
+                    cause=cause,
+                )
