@@ -1,3 +1,43 @@
-"""Email-to-fax gateway."""
+"""Email-to-fax gateway: mail a PDF to a telephone number, get a fax and an answer.
+
+The reading map, in the order a fax travels. Imports run downwards only, which tests/test_imports.py holds.
+
+The command line and the daemon's life
+    cli, cli_queue    the commands of `fax-gateway`
+    demo              the whole way on one machine, shown
+    daemon            open, wire, listen, ready, drain, close
+    wiring            from the settings to the parts' values
+    sandbox*          the stand-in carrier, an HTTP server in Telnyx's shape
+
+Doors and loops; they never import each other
+    smtp              mail in: sender, numbers, document, 250
+    smtp_session      one SMTP conversation, with limits
+    dispatch          what is due: calls, questions to the carrier, time
+    web               HTTP in: the carrier's events, health, metrics
+    notify            mail out: from the outbox to the relay
+
+What they use
+    address           recipient to E.164; may this sender dial this number
+    prepare           what a child process does to one mail
+    store             the verbs over what is stored: store_intake (mail in), store_work (what is due),
+                      store_apply (the one door through which a fax changes), store_outbox, store_desk
+    telnyx            the carrier's HTTP: telnyx_answers, telnyx_events
+    relay             the mail server that replies go to
+    compose           a reply, from the fax: compose_text
+
+What those use
+    message           MIME to attachments, or the refusal
+    document          check, repair and join PDFs; the picture of page 1
+    children          the pool of child processes
+    carrier           what any carrier does, and its ways to fail
+    database          threads and transactions; schema and migrations
+
+The ground
+    fax               what becomes of a fax: the one place that decides
+    schedule, doubt   when it is due next; whether the carrier took it
+    records           what a fax is, and everything that can happen to it
+    reasons           the failure reasons: class, retry plan, sentence
+    config, log, metrics, bell, systemd
+"""
 
 __version__ = "0.1.0"

@@ -38,6 +38,8 @@ class Listener:
 
     async def wait(self, timeout: float) -> None:  # noqa: ASYNC109 -- running out is the normal case here
         """Return when the bell rang, or rang since the last wait, or after `timeout` seconds."""
+        # Not `wait_for`: before Python 3.12 it forgets a cancellation that comes together with the ring.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._event.wait(), timeout)
+            async with asyncio.timeout(timeout):
+                await self._event.wait()
         self._event.clear()

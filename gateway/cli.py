@@ -190,11 +190,13 @@ def send(
     Example: fax-gateway send letter.pdf --to +13127367276 --from me@example.com
     """
     import smtplib
+    from email import policy
     from email.message import EmailMessage
+    from email.policy import SMTP
     from email.utils import formatdate, make_msgid
 
     settings, _ = load_settings(config)
-    message = EmailMessage()
+    message = EmailMessage(policy.SMTP)  # lines end with CRLF; without, a document would be one long line
     message["From"], message["To"] = sender, f"{to}@{settings.smtp.domains[0]}"
     message["Subject"], message["Date"] = file.name, formatdate()
     message["Message-ID"] = make_msgid(domain=settings.smtp.domains[0])
@@ -204,7 +206,11 @@ def send(
     try:
         with smtplib.SMTP(endpoint.host, endpoint.port, timeout=60) as door:
             door.ehlo()
-            for answer in (door.mail(sender), door.rcpt(message["To"]), door.data(message.as_bytes())):
+            for answer in (
+                door.mail(sender),
+                door.rcpt(message["To"]),
+                door.data(message.as_bytes(policy=SMTP)),
+            ):
                 if answer[0] >= 400:  # noqa: PLR2004 -- RFC 5321, 4.2.1
                     code = EX_DATAERR if answer[0] >= 500 else EX_TEMPFAIL  # noqa: PLR2004
                     end(code, f"{answer[0]} {answer[1].decode(errors='replace')}")

@@ -134,7 +134,8 @@ _POLICY = _own_policy()
 
 # What needs no quotes in a header (RFC 5322, 3.4.1), address literals included.
 _PLAIN_ADDRESS = re.compile(r"[\w!#$%&'*+/=?^`{|}~.-]{1,64}@[\w.:\[\]-]{1,255}", re.ASCII)
-# 250 characters: with the header's name a line stays far below 998 (RFC 5322, 2.1.1).
+# A message id of 250 characters: with the header's name a line stays far below 998 (RFC 5322, 2.1.1).
+_NOT_IN_ID = re.compile(r"[^\w.+-]", re.ASCII)
 _MESSAGE_ID = re.compile(r"<[!-;=?-~]{1,250}>")
 
 
@@ -149,7 +150,7 @@ def _begin(entry: OutboxEntry, letterhead: Letterhead, now: float) -> EmailMessa
     shown = _PLAIN_ADDRESS.fullmatch(entry.recipient) is not None
     message["To"] = entry.recipient if shown else "undisclosed-recipients:;"
     message["Date"] = _date(now)
-    message["Message-ID"] = f"<{entry.id}@{letterhead.hostname}>"
+    message["Message-ID"] = f"<{_NOT_IN_ID.sub('-', entry.id[:150])}@{letterhead.hostname}>"
     return message
 
 

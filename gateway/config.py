@@ -1,16 +1,17 @@
 """The settings: every key with its type, default and limits, and where the values come from.
 
-In charge of reading the TOML file, the environment (`FAX_GATEWAY_SECTION__KEY`) and systemd's credentials, of
-which the later win over the earlier, and of telling an operator what is wrong with them.
+In charge of what pydantic-settings reads, from the TOML file, the environment (`FAX_GATEWAY_SECTION__KEY`) and
+systemd's credentials, of which the later win over the earlier, and of telling an operator what is wrong there.
 
 Promises: `load` returns settings that every part of the gateway can rely on, or raises `ConfigurationError`
 with every fault that can be found at once, each under its key and with what to do. No text of it, and no
-`repr`, shows a secret. It reads the given file and the credentials and nothing else.
+`repr`, shows a secret. It reads the given file, environment and credentials and nothing else, no `.env` either.
 """
 
 import difflib
 import ipaddress
 import json
+import re
 import stat
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -22,6 +23,14 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from gateway import config_values as values
 from gateway.config_values import Endpoint, Relay, duration, size
@@ -31,9 +40,6 @@ LOCATION = "FAX_GATEWAY_CONFIG"
 """The variable that names the file: the only one with the prefix that is not a key."""
 CREDENTIALS = ("telnyx.api_key", "telnyx.public_key", "replies.relay_password")
 """Keys that may be files in `$CREDENTIALS_DIRECTORY` (systemd.exec(5), "Credentials")."""
-
-Raw = dict[str, dict[str, Any]]
-"""Section, key, value, as read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +172,12 @@ class Log(_Section):
     mask_numbers: bool = True
 
 
-class Settings(_Section):
+class Settings(BaseSettings):
     """Everything that can be set."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True, hide_input_in_errors=True
+    )
 
     smtp: Smtp
     senders: Senders
@@ -179,6 +189,23 @@ class Settings(_Section):
     retries: Retries
     store: Store
     log: Log
+
+    def __init__(self, sources: tuple[PydanticBaseSettingsSource, ...]) -> None:
+        super().__init__(sources=sources)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Return the sources that `load` made, the strongest first, and none of pydantic-settings' usual ones."""
+        del settings_cls, env_settings, dotenv_settings, file_secret_settings
+        sources: tuple[PydanticBaseSettingsSource, ...] = init_settings()["sources"]
+        return sources
 
 
 KEYS: Mapping[str, FieldInfo] = {
@@ -196,27 +223,23 @@ _REQUIRED = {
 }
 
 
-def load(path: Path, environ: Mapping[str, str]) -> tuple[Settings, list[Fault]]:
+def load(path: Path, environ: Mapping[str, str], *, named: bool = True) -> tuple[Settings, list[Fault]]:
     """Return the settings, and warnings about what is allowed but dangerous or without effect.
 
-    `environ` is the process's environment. Raises `ConfigurationError`.
+    `environ` is the process's environment. A file that somebody `named` must be there; at its usual place it may
+    be missing, if the environment and the credentials hold what is required. Raises `ConfigurationError`.
     """
     faults: list[Fault] = []
-    in_environment = _read_environment(environ, faults)
-    in_credentials = _read_credentials(environ, faults)
-    in_file = _read_file(path, faults)
-    if in_file is None:  # what it would have held is not worth guessing
-        raise ConfigurationError(faults)
-    raw: Raw = {section: {} for section in Settings.model_fields}
-    for layer in (_known(in_file, faults), in_environment, in_credentials):
-        for key, value in layer.items():
-            section, _, name = key.partition(".")
-            raw[section][name] = value
-    found = _validated(raw, faults)
-    faults += _conflicts(found)
-    if faults:
-        raise ConfigurationError(faults)
-    return Settings.model_validate(raw), [*_file_warnings(path, in_file), *_warnings(found)]
+    credentials, environment = _credentials(environ, faults), _environment(environ, faults)
+    file, absent = InitSettingsSource(Settings, {}), []
+    try:
+        file = _file(path, faults)
+    except FileNotFoundError:
+        absent = [Fault("", f"there is no file {path}; create it or name another one")]
+        if named:
+            raise ConfigurationError(faults + absent) from None
+    settings = Settings((credentials, environment, file, _Check(faults, absent)))
+    return settings, [*_file_warnings(path, file.init_kwargs), *_warnings(settings)]
 
 
 def variable(key: str) -> str:
@@ -224,79 +247,104 @@ def variable(key: str) -> str:
     return PREFIX + key.replace(".", "__").upper()
 
 
-def _read_file(path: Path, faults: list[Fault]) -> dict[str, Any] | None:
+def _file(path: Path, faults: list[Fault]) -> TomlConfigSettingsSource:
+    """Return the file. One that cannot be read ends it: what it would have held is not worth guessing."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        # What is no plain file the source passes over in silence. That is right for an empty one: /dev/null.
+        ignored = not path.is_file() and path.read_bytes()
+        source = TomlConfigSettingsSource(Settings, path)
     except FileNotFoundError:
-        faults.append(Fault("", f"there is no file {path}; create it or name another one"))
+        raise
     except OSError as error:
-        faults.append(Fault("", f"{path} cannot be read: {error.strerror}"))
+        text = f"{path} cannot be read: {error.strerror}"
     except UnicodeDecodeError:
-        faults.append(Fault("", f"{path} is not a text in UTF-8"))
+        text = f"{path} is not a text in UTF-8"
     except tomllib.TOMLDecodeError as error:
-        faults.append(Fault("", f"{path} is not TOML: {error}"))
-    return None
+        text = f"{path} is not TOML: {error}"
+    else:
+        if not ignored:
+            faults += _unknown_keys(source.toml_data)
+            return source
+        text = f"{path} is a pipe or device; put it into a file"
+    raise ConfigurationError([*faults, Fault("", text)])
 
 
-def _known(content: Mapping[str, Any], faults: list[Fault]) -> dict[str, Any]:
-    """Return the values of a file by key; what is no key is a fault."""
-    found = {}
+def _unknown_keys(content: Mapping[str, Any]) -> Iterable[Fault]:
+    """Yield what is no key, or no section, in a file."""
     for section, keys in content.items():
         if not isinstance(keys, dict):
             is_section = section in Settings.model_fields
             text = f"is a section; write [{section}] and its keys below" if is_section else _unknown(section)
-            faults.append(Fault(section, text))
-            continue
-        if section not in Settings.model_fields:
+            yield Fault(section, text)
+        elif section not in Settings.model_fields:
             near = difflib.get_close_matches(section, Settings.model_fields, n=1, cutoff=0.5)
             there = f"did you mean [{near[0]}]?" if near else f"there are {', '.join(Settings.model_fields)}"
-            faults.append(Fault(section, f"is not a section; {there}"))
-            continue
-        for name, value in keys.items():
-            key = f"{section}.{name}"
-            if key in KEYS:
-                found[key] = value
-            else:
-                faults.append(Fault(key, _unknown(key)))
-    return found
+            yield Fault(section, f"is not a section; {there}")
+        else:
+            unknown = (key for key in (f"{section}.{name}" for name in keys) if key not in KEYS)
+            yield from (Fault(key, _unknown(key)) for key in unknown)
 
 
-def _read_environment(environ: Mapping[str, str], faults: list[Fault]) -> dict[str, Any]:
+def _environment(environ: Mapping[str, str], faults: list[Fault]) -> EnvSettingsSource:
+    """Return the variables that are keys; what else has the prefix would be passed over in silence."""
     variables = {variable(key): key for key in KEYS}
-    found: dict[str, Any] = {}
+    found: dict[str, str] = {}
     for name, value in environ.items():
         if not name.startswith(PREFIX) or name == LOCATION:
             continue
         if name not in variables:
-            near = difflib.get_close_matches(name, variables, n=1, cutoff=0)
+            near = difflib.get_close_matches(name.upper(), variables, n=1, cutoff=0)
             faults.append(Fault(name, f"is not a key; did you mean {near[0]}?"))
             continue
-        key = variables[name]
-        found[key] = value
-        if get_origin(KEYS[key].annotation) is tuple:
-            try:
-                found[key] = json.loads(value) if value.lstrip().startswith("[") else _split(value)
-            except ValueError:
-                del found[key]
-                faults.append(Fault(name, "is neither a JSON list nor values with commas between"))
-    return found
-
-
-def _split(value: str) -> list[str]:
-    return [item.strip() for item in value.split(",") if item.strip()]
-
-
-def _read_credentials(environ: Mapping[str, str], faults: list[Fault]) -> dict[str, Any]:
-    directory = environ.get("CREDENTIALS_DIRECTORY")
-    found = {}
-    for key in CREDENTIALS if directory else ():
+        is_list = get_origin(KEYS[variables[name]].annotation) is tuple
         try:
-            found[key] = Path(directory or "", key).read_text(encoding="utf-8").strip()
+            found[name.lower()] = _json_list(value) if is_list else value
+        except ValueError:
+            faults.append(Fault(name, "is neither a JSON list nor values with commas between"))
+    source = EnvSettingsSource(Settings)
+    source.env_vars = found  # instead of those of os.environ
+    return source
+
+
+def _json_list(value: str) -> str:
+    """Return a list as JSON, the only form that the source takes. Raises ValueError."""
+    if re.match(r'\s*\[\s*["\]]', value):  # and not an endpoint of IPv6
+        json.loads(value)
+        return value
+    return json.dumps([item.strip() for item in value.split(",") if item.strip()])
+
+
+def _credentials(environ: Mapping[str, str], faults: list[Fault]) -> InitSettingsSource:
+    """Return the credentials. The source of pydantic-settings would pass over one that is broken."""
+    directory = environ.get("CREDENTIALS_DIRECTORY")
+    found: dict[str, dict[str, str]] = {}
+    for key in CREDENTIALS if directory else ():
+        section, _, name = key.partition(".")
+        try:
+            text = Path(directory or "", key).read_text(encoding="utf-8")
         except FileNotFoundError:
             continue
         except (OSError, UnicodeDecodeError):
             faults.append(Fault(key, f"the credential in {directory} cannot be read"))
-    return found
+        else:
+            found.setdefault(section, {})[name] = text.strip()
+    return InitSettingsSource(Settings, found)
+
+
+class _Check(InitSettingsSource):
+    """The weakest source: an empty section for each, once all that the others found proved good."""
+
+    def __init__(self, faults: list[Fault], absent: list[Fault]) -> None:
+        super().__init__(Settings, {section: {} for section in Settings.model_fields})
+        self.faults, self.absent = faults, absent
+
+    def __call__(self) -> dict[str, Any]:
+        """Return the empty sections, or raise `ConfigurationError` with every fault."""
+        found = _validated(self.current_state, self.faults)
+        self.faults += _conflicts(found)
+        if self.faults:
+            raise ConfigurationError(self.faults + self.absent)
+        return super().__call__()
 
 
 def _unknown(key: str) -> str:
@@ -310,12 +358,13 @@ def _unknown(key: str) -> str:
     return f"is not a key; [{section}] has {', '.join(others)}" if others else "is not a section"
 
 
-def _validated(raw: Raw, faults: list[Fault]) -> dict[str, Any]:
+def _validated(raw: Mapping[str, Any], faults: list[Fault]) -> dict[str, Any]:
     """Return the good values by key, defaults included."""
     found = {}
     for key, field in KEYS.items():
         section, _, name = key.partition(".")
-        value = raw[section].get(name)
+        keys = raw.get(section)
+        value = keys.get(name) if isinstance(keys, dict) else None
         if value is None or (value == "" and key in _REQUIRED):
             if field.is_required():
                 faults.append(Fault(key, f"is missing; {_REQUIRED[key]}"))
@@ -398,16 +447,16 @@ def _file_warnings(path: Path, content: Mapping[str, Any]) -> Iterable[Fault]:
         yield Fault("", f"{path} holds a secret and can be read by everybody here; chmod 0640 {path}")
 
 
-def _warnings(found: Mapping[str, Any]) -> Iterable[Fault]:
-    for network in found["senders.networks"]:
+def _warnings(settings: Settings) -> Iterable[Fault]:
+    for network in settings.senders.networks:
         if network.prefixlen == 0:
             yield Fault("senders.networks", f"{network} lets the whole Internet send faxes at your expense")
     # Base64 is a third longer than the document, and has line ends (RFC 2045, 6.8).
-    if found["smtp.max_message_size"] < found["documents.max_size"] * 4 / 3 * 78 / 76:
+    if settings.smtp.max_message_size < settings.documents.max_size * 4 / 3 * 78 / 76:
         yield Fault("smtp.max_message_size", "is too small for a mail with a document of documents.max_size")
-    api = urlsplit(found["telnyx.api_base"])
+    api = urlsplit(settings.telnyx.api_base)
     if api.scheme == "http" and _place(api.hostname or "") != "loopback":
         yield Fault("telnyx.api_base", "is not https; the API key and the documents can be read on the way")
-    relay = found["replies.relay"]
-    if found["replies.relay_user"] and relay.security == "none" and _place(relay.host) != "loopback":
+    relay = settings.replies.relay
+    if settings.replies.relay_user and relay.security == "none" and _place(relay.host) != "loopback":
         yield Fault("replies.relay", "has no TLS; the relay's password can be read on the way")

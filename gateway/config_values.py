@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import phonenumbers
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, SecretStr
+from pydantic_settings import NoDecode
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Security = Literal["none", "tls", "starttls"]
@@ -242,9 +243,9 @@ AscendingWaits = Annotated[Waits, AfterValidator(_ascending)]
 Size = Annotated[int, PlainValidator(size)]
 DocumentSize = Annotated[int, PlainValidator(_document_size)]
 Count = Annotated[int, BeforeValidator(_not_boolean), Field(ge=1)]
-EndpointText = Annotated[Endpoint, PlainValidator(_endpoint)]
+EndpointText = Annotated[Endpoint, NoDecode, PlainValidator(_endpoint)]  # in a variable, too, it is no JSON
 Endpoints = Annotated[tuple[EndpointText, ...], BeforeValidator(_listed), AfterValidator(_not_empty)]
-RelayUrl = Annotated[Relay, PlainValidator(_relay)]
+RelayUrl = Annotated[Relay, NoDecode, PlainValidator(_relay)]
 NetworkText = Annotated[Network, PlainValidator(_network)]
 Domains = Annotated[tuple[Annotated[str, PlainValidator(_domain)], ...], AfterValidator(_not_empty)]
 Hostname = Annotated[str, PlainValidator(_hostname)]

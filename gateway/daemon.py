@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import sqlalchemy as sa
 from aiohttp import web
 
 from gateway import __version__, notify
@@ -29,6 +28,7 @@ from gateway.bell import Bell
 from gateway.children import Pool
 from gateway.compose import Letterhead
 from gateway.config import Settings
+from gateway.database import folder_of
 from gateway.dispatch import Dispatcher
 from gateway.log import get_logger
 from gateway.metrics import Metrics
@@ -73,7 +73,7 @@ async def serve(settings: Settings, environ: Mapping[str, str]) -> None:
     async with contextlib.AsyncExitStack() as stack:
         bell, metrics = Bell(), Metrics()
         store = await stack.enter_async_context(_opened_store(settings, bell, metrics))
-        log.info("started", version=__version__, store=sa.make_url(settings.store.url).database)
+        log.info("started", version=__version__, store=str(_folder(settings)))
         carrier = await stack.enter_async_context(carrier_of(settings))
         preparer = await stack.enter_async_context(_preparer(settings))
         doubts = await store.take_over()
@@ -153,7 +153,7 @@ def carrier_of(settings: Settings) -> Telnyx:
 
 
 def _folder(settings: Settings) -> Path:
-    return Path(str(sa.make_url(settings.store.url).database)).parent
+    return folder_of(settings.store.url)
 
 
 @contextlib.asynccontextmanager

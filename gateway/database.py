@@ -29,6 +29,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.engine.interfaces import DBAPIConnection
 
+from gateway import migrations
+
 T = TypeVar("T")
 Work = Callable[[Connection], T]
 
@@ -37,6 +39,11 @@ GROUP_LIMIT = 256  # units in one transaction
 REST = 0.0005  # a writer that commits back to back starves other processes for good
 VACUUM_STEP = 500  # pages given back in one unit of work
 NEWS_INTERVAL = 0.5  # seconds between looks for another process's commits
+
+
+def folder_of(url: str) -> Path:
+    """Return the folder of the database, where the gateway keeps its other files too."""
+    return Path(sa.make_url(url).database or "").parent
 
 
 class StoreError(Exception):
@@ -170,26 +177,27 @@ class Database:
         return engine
 
     def _prepare(self, engine: Engine, *, serve: bool) -> None:
-        from gateway import migrations  # noqa: PLC0415 -- Alembic is slow to import; `list` shall not wait
-
-        with engine.connect() as connection:
-            if serve:
-                migrations.upgrade(connection)
-            else:
-                migrations.require_current(connection)
+        try:
+            with engine.connect() as connection:
+                if serve:
+                    migrations.upgrade(connection)
+                else:
+                    migrations.require_current(connection)
+        except migrations.WrongRevision as error:
+            raise WrongDatabase(str(error)) from error
 
     # --- work --------------------------------------------------------------------------------------------
 
-    async def write(self, work: Work[T]) -> T:
-        """Run `work` in the writer's transaction; return its result once it is committed.
+    def write(self, work: Work[T]) -> asyncio.Future[T]:
+        """Run `work` in the writer's transaction; the future has its result once it is committed.
 
-        Cancelling the caller does not cancel the work. Raises StoreError, or what `work` raised.
+        Cancelling the future does not cancel the work. Raises StoreError, or what `work` raised.
         """
-        return await self._ask(self._units, work)
+        return self._ask(self._units, work)
 
-    async def read(self, work: Work[T]) -> T:
+    def read(self, work: Work[T]) -> asyncio.Future[T]:
         """Run `work` on a consistent view of what is committed."""
-        return await self._ask(self._reads, work)
+        return self._ask(self._reads, work)
 
     async def give_space_back(self) -> None:
         """Return freed pages to the disk, some at a time so that nobody waits long."""
@@ -197,13 +205,13 @@ class Database:
             pass
         await asyncio.to_thread(_empty_log, str(self.url.database))
 
-    async def _ask(self, where: queue.SimpleQueue[_Unit | None], work: Work[T]) -> T:
+    def _ask(self, where: queue.SimpleQueue[_Unit | None], work: Work[T]) -> asyncio.Future[T]:
         future: Future[T] = Future()
         with self._door:
             if not self._serving:
                 raise StoreUnavailable("the store is closed")
             where.put(_Unit(work, future))
-        return await asyncio.wrap_future(future)
+        return asyncio.wrap_future(future)
 
     def _serve(
         self, loop: Callable[[Engine], None], engine: Engine, units: queue.SimpleQueue[_Unit | None]
@@ -220,7 +228,7 @@ class Database:
 
     def _write_loop(self, engine: Engine) -> None:
         with engine.connect() as connection:
-            seen = _foreign_commits(connection)
+            seen = _news_of(connection)
             while True:
                 try:
                     units = self._group(self._units.get(timeout=NEWS_INTERVAL))
@@ -230,8 +238,8 @@ class Database:
                     return
                 if units:
                     _run_group(connection, units)
-                latest = _foreign_commits(connection)
-                if units or latest != seen:
+                latest = _news_of(connection)
+                if latest != seen:  # a look that changed nothing must not wake those who look
                     seen = latest
                     self._news()
                 if units:
@@ -266,7 +274,7 @@ def _run_group(connection: Connection, units: list[_Unit]) -> None:
         with connection.begin():
             begun = True
             outcomes.extend(_run_unit(connection, unit) for unit in units)
-    except (sa.exc.SQLAlchemyError, sqlite3.Error) as error:
+    except Exception as error:  # noqa: BLE001 -- this thread must live, and the callers must hear of it
         if begun and len(units) > 1:
             # A full disk makes SQLite undo everybody's work: who is not to blame gets another transaction.
             for unit in units:
@@ -332,15 +340,14 @@ def _empty_log(path: str) -> None:
         raise translate(error) from error
 
 
-def _foreign_commits(connection: Connection) -> int:
-    """Return a number that changes when another process committed (SQLite: PRAGMA data_version)."""
-    cursor = connection.connection.cursor()  # the driver's own: SQLAlchemy would begin a transaction
+def _news_of(connection: Connection) -> tuple[int, int]:
+    """Return what changes when another process committed (PRAGMA data_version) or we changed a row."""
+    driver: Any = connection.connection.driver_connection  # SQLAlchemy would begin a transaction
     try:
-        cursor.execute("PRAGMA data_version")
-        row = cursor.fetchone()
+        row = driver.execute("PRAGMA data_version").fetchone()
     except sqlite3.Error:
-        return 0
-    return int(row[0]) if row else 0
+        return 0, driver.total_changes
+    return row[0] if row else 0, driver.total_changes
 
 
 def _pragmas(*, fresh: bool, read_only: bool) -> tuple[str, ...]:

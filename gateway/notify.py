@@ -4,9 +4,9 @@ In charge of: `run`, the loop that claims mails, has them composed, hands them o
 each.
 
 Promises: what was accepted is told. A mail stays in the outbox until the relay took it, refused it for good,
-or `give_up_after` has passed; a relay that is away is asked again by one mail at a time. A mail goes out twice
-only when the relay fell silent after the final dot, or when the gateway died between its 250 and our record,
-and then under the same Message-ID. One slow or hopeless mail holds up no other.
+or `give_up_after` has passed; a relay that is away is asked again by one mail at a time. A mail goes out
+twice only when the relay fell silent after the final dot, or when the gateway died between the relay's 250
+and the record of it, and then under the same Message-ID. One slow or hopeless mail holds up no other.
 
 Fails: a fault of the store or in a mail is logged as `task_failed` or `store_failed`, and the loop goes on.
 """
@@ -20,8 +20,11 @@ from typing import Protocol
 from gateway.compose import Letterhead, compose
 from gateway.database import StoreError
 from gateway.log import get_logger
+from gateway.metrics import ReplyKind, ReplyResult
 from gateway.records import Notice, OutboxEntry
 from gateway.relay import Relay, RelayAway, RelayRefused
+
+__all__ = ["Count", "Outbox", "Picture", "Relay", "Wake", "run"]
 
 AT_ONCE = 4  # mails on their way to the relay
 PICTURE_LIMIT = 10.0  # seconds for page 1 to be drawn
@@ -32,12 +35,9 @@ LOOK_EVERY = 1.0  # seconds: due times ring no bell
 FIRST_WAIT, LONGEST_WAIT = 60.0, 3600.0  # seconds before the second try of a mail, and at most
 
 Picture = Callable[[bytes], Awaitable[bytes | None]]
-Count = Callable[[str, str], None]
+Count = Callable[[ReplyKind, ReplyResult], None]
 
 log = get_logger()
-
-
-# --- the loop -----------------------------------------------------------------------------------------------
 
 
 class Outbox(Protocol):
@@ -236,7 +236,7 @@ class _Sender:
         return drawn if drawn is not None and len(drawn) <= LARGEST_PICTURE else None
 
 
-def _kind(entry: OutboxEntry) -> str:
+def _kind(entry: OutboxEntry) -> ReplyKind:
     if entry.notice is not None:
         return entry.notice.value
     return "postmaster" if entry.forward is not None else "alert"

@@ -207,7 +207,7 @@ class Sandbox:
             seen.status = response.status
             await response.prepare(request)
             await response.write_eof()
-        except _ConnectionCut:
+        except (_ConnectionCut, ConnectionError):  # by us, or by a client that left before the end
             if request.transport is not None:
                 request.transport.abort()
             response = web.Response()

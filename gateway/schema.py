@@ -56,13 +56,15 @@ document_chunks = Table(
     Column("stored_at", Float, nullable=False),
     Column("data", LargeBinary, nullable=False),
 )
+Index("ix_document_chunks_first", document_chunks.c.stored_at, document_chunks.c.document_id,
+      sqlite_where=text("position = 0"), postgresql_where=text("position = 0"))  # fmt: skip
 
 mails = Table(
     "mails",
     metadata,
     Column("id", String, primary_key=True),
     Column("sender", String, nullable=False),
-    Column("received_at", Float, nullable=False),
+    Column("received_at", Float, nullable=False, index=True),
     Column("message_id", String),
     Column("thread", Text, nullable=False),  # References, for the reply
     Column("subject", Text, nullable=False),
@@ -99,9 +101,9 @@ Index("ix_faxes_due", faxes.c.state, faxes.c.due_at, sqlite_where=text("ended_at
       postgresql_where=text("ended_at IS NULL"))  # fmt: skip
 Index("ix_faxes_untold", faxes.c.accepted_at, sqlite_where=text("ended_at IS NULL AND NOT told_delayed"),
       postgresql_where=text("ended_at IS NULL AND NOT told_delayed"))  # fmt: skip
-Index("ix_faxes_deadline", faxes.c.give_up_at, sqlite_where=text("ended_at IS NULL"),
+Index("ix_faxes_deadline", faxes.c.state, faxes.c.give_up_at, sqlite_where=text("ended_at IS NULL"),
       postgresql_where=text("ended_at IS NULL"))  # fmt: skip
-Index("ix_faxes_ended", faxes.c.ended_at, sqlite_where=text("ended_at IS NOT NULL"),
+Index("ix_faxes_ended", faxes.c.accepted_at, sqlite_where=text("ended_at IS NOT NULL"),
       postgresql_where=text("ended_at IS NOT NULL"))  # fmt: skip
 
 attempts = Table(
@@ -146,7 +148,7 @@ Index("uq_attempts_channel", attempts.c.slot, unique=True, sqlite_where=text("bl
 # A late sighting looks for the doubt that was closed as absent.
 Index("ix_attempts_absent", attempts.c.number, sqlite_where=text("carrier_id IS NULL"),
       postgresql_where=text("carrier_id IS NULL"))  # fmt: skip
-Index("ix_attempts_newest", attempts.c.taken_at, sqlite_where=text("carrier_id IS NOT NULL"),
+Index("ix_attempts_newest", attempts.c.started_at, sqlite_where=text("carrier_id IS NOT NULL"),
       postgresql_where=text("carrier_id IS NOT NULL"))  # fmt: skip
 
 history = Table(
@@ -165,7 +167,7 @@ carrier_ids = Table(
     "carrier_ids",
     metadata,
     Column("carrier_id", String, primary_key=True),
-    Column("seen_at", Float, nullable=False),
+    Column("seen_at", Float, nullable=False, index=True),
 )
 
 carrier_events = Table(

@@ -229,7 +229,8 @@ def _replyable(address: str) -> bool:
     if address in {"", "<>"}:
         return True
     local, at, domain = address.rpartition("@")
-    return bool(local and at and domain) and address.isprintable() and " " not in domain
+    plain = " " not in local or (local.startswith('"') and local.endswith('"'))
+    return bool(local and at and domain) and address.isprintable() and plain and " " not in domain
 
 
 def session_factory(

@@ -27,8 +27,30 @@ SESSION_LIMIT = 3600.0
 """Seconds that a session may last, whatever it does."""
 LONGEST_LINE = 65536
 """Octets; RFC 5321 says 1000, old programs and scanners write what they like (4.5.3.1.6)."""
-_MARGIN = 65536  # octets beyond the size limit after which a client that does not stop is cut off
+ANSWER_TIME = 60.0
+"""Seconds after the final dot in which the connection is not cut, however short the time for silence is."""
+SLOWEST = 500
+"""Octets a second that a mail must come in with in the long run, as Postfix's `smtpd_min_data_rate`."""
+_MARGIN = 65536  # octets beyond the size limit after which nothing more of a mail is kept
+_PATIENCE = 4  # times the size limit that a client may send before it is cut off
+_GRACE = 10.0  # seconds to take our last line, before a connection that is not read from is torn down
+_END = b"\r\n.\r\n"  # and nothing else ends a mail (RFC 5321, 4.1.1.4)
 _SIZE = re.compile(r"\bSIZE=([0-9]{1,20})\b", re.IGNORECASE)
+_PATH = re.compile(
+    r"\s*(?:<(?:@[^<>:]*:)?(?P<inner>[^<>]*)>|(?P<bare>[^<>\s]+))(?:\s+(?P<rest>.*))?\s*", re.DOTALL
+)
+
+# aiosmtpd's own answers, given the codes of RFC 3463 and no words of the client.
+_UNCODED = re.compile(r"([45][0-9][0-9]) (?![45]\.[0-9])(?:Error: )?(.*)", re.DOTALL)
+_CODES = {
+    "454": "4.7.0", "500": "5.5.2", "501": "5.5.4", "502": "5.5.1", "503": "5.5.1", "552": "5.3.4",
+    "555": "5.5.4",
+}  # fmt: skip
+_WORDED = {
+    "250 OK": "250 2.0.0 ok",
+    "221 Bye": "221 2.0.0 bye",
+    "553 5.1.3 Error: malformed address": "501 5.1.7 this sender address is malformed",
+}
 
 log = get_logger()
 
@@ -102,10 +124,16 @@ class Sessions:
                 session.turn_away("421 4.3.2 shutting down, try again later")
 
 
-class SmtpSession(SMTP):  # type: ignore[misc]  # aiosmtpd is not typed
+class SmtpSession(SMTP):
     """aiosmtpd's conversation with limits."""
 
     line_length_limit = LONGEST_LINE
+    # aiosmtpd's types leave open what is certain here.
+    data_size_limit: int
+    envelope: MailEnvelope
+    session: Peer
+    transport: asyncio.Transport | None
+    _handler_coroutine: asyncio.Task[None]
 
     def __init__(
         self, handler: Handler, sessions: Sessions, *, size_limit: int, hostname: str, timeout: float
@@ -121,6 +149,10 @@ class SmtpSession(SMTP):  # type: ignore[misc]  # aiosmtpd is not typed
         self._host = ""
         self._over: asyncio.TimerHandle | None = None
         self._received = 0
+        self._begun = 0.0
+        self._skimming = False
+        self._tail = b""
+        self._tail_kept = 0
         self._half_closed = False
         self.in_data = False
         self._answering = False
@@ -152,27 +184,61 @@ class SmtpSession(SMTP):  # type: ignore[misc]  # aiosmtpd is not typed
         super().connection_lost(error)
 
     def turn_away(self, answer: str) -> None:
-        """Say one line and close."""
+        """Say one line and close, soon even if the peer does not read it."""
         if self.transport is not None and not self.transport.is_closing():
             self.transport.write(answer.encode() + b"\r\n")
             self.transport.close()
+            self.loop.call_later(_GRACE, self.transport.abort)
+
+    def _timeout_cb(self) -> None:
+        self.turn_away("421 4.4.2 nothing came for too long")
 
     def data_received(self, data: bytes) -> None:
-        """Cut off a client that goes on and on in DATA, with line ends or without (reliability of memory)."""
-        if self.in_data:
-            self._received += len(data)
-            if self._received > self.data_size_limit + _MARGIN:
-                log.warning("mail_refused", peer=self._host, answer="552 5.3.4")
-                self.turn_away("552 5.3.4 the mail is too large")
-                return
-        super().data_received(data)
+        """Bound the memory and the time that a mail may take."""
+        if not self.in_data or self._answering:
+            super().data_received(data)
+            return
+        self._received += len(data)
+        # aiosmtpd's time limit is for the whole of a mail: what comes in steadily gets more of it.
+        left = self._begun + self._timeout_duration + self._received / SLOWEST - self.loop.time()
+        self._reset_timeout(max(0.001, min(self._timeout_duration, left)))
+        if self._received > _PATIENCE * self.data_size_limit:
+            self._log_too_large()
+            self.turn_away(self._too_large())
+        elif self._skimming or self._received > self.data_size_limit + _MARGIN:
+            self._skim(data)
+        else:
+            self._tail = (self._tail + data)[-len(_END) + 1 :]
+            self._tail_kept = len(self._tail)
+            super().data_received(data)
+
+    def _skim(self, data: bytes) -> None:
+        """Look for the end of a mail that is too large, and drop the rest: a client hears 552 only then."""
+        self._skimming = True
+        window = self._tail + data
+        end = window.find(_END)
+        if end >= 0:
+            self._skimming = False
+            super().data_received(window[max(end, self._tail_kept) :])
+            return
+        if self._tail_kept:
+            super().data_received(b"x")  # what was kept may end in a dot: it must not become a lone one
+        self._tail, self._tail_kept = window[-len(_END) + 1 :], 0
+
+    def _too_large(self) -> str:
+        return f"552 5.3.4 the mail is too large: {self.data_size_limit} octets at most"
+
+    def _log_too_large(self) -> None:
+        log.info(
+            "mail_refused", peer=self._host, sender=self.envelope.sender, answer="552 5.3.4", cause="size"
+        )
 
     def eof_received(self) -> bool | None:
         """Keep the way back open while an answer is being made; aiosmtpd would cancel its making."""
         if self._answering:
             self._half_closed = True
             return True
-        return super().eof_received()  # type: ignore[no-any-return]
+        return super().eof_received()
 
     async def handle_exception(self, error: Exception) -> str:
         """Answer a fault of ours: temporary, without its words."""
@@ -187,9 +253,18 @@ class SmtpSession(SMTP):  # type: ignore[misc]  # aiosmtpd is not typed
         """Refuse a declared size over the limit in RFC 1870's words, then go aiosmtpd's way."""
         declared = _SIZE.search(arg or "")
         if declared and int(declared[1]) > self.data_size_limit:
-            await self.push(f"552 5.3.4 the mail is too large: {self.data_size_limit} octets at most")
+            self._log_too_large()
+            await self.push(self._too_large())
             return
         await super().smtp_MAIL(arg)
+
+    def _getaddr(self, arg: str) -> tuple[str | None, str | None]:
+        """Read the sender as written: aiosmtpd's parser raises IndexError on `<` and decodes RFC 2047."""
+        found = _PATH.fullmatch(arg)
+        if found is None:
+            return (None, None) if arg.strip() else ("", "")
+        address = found["bare"] or found["inner"] or "<>"
+        return address, found["rest"] or ""
 
     async def smtp_RCPT(self, arg: str | None) -> None:  # noqa: N802
         """Hand the address on as written: aiosmtpd's parser would drop what looks like a comment."""
@@ -213,7 +288,8 @@ class SmtpSession(SMTP):  # type: ignore[misc]  # aiosmtpd is not typed
         if busy is not None:
             await self.push(busy)
             return
-        self._received = 0
+        self._received, self._begun = 0, self.loop.time()
+        self._tail, self._tail_kept = b"", 0
         self.in_data = True
         await super().smtp_DATA(arg)
         # After a fault `in_data` stays: handle_exception must know.
@@ -224,9 +300,28 @@ class SmtpSession(SMTP):  # type: ignore[misc]  # aiosmtpd is not typed
     def begin_answer(self) -> None:
         """Note that the final dot came: from now on a half-closed connection waits for its answer."""
         self._answering = True
+        self._reset_timeout(max(ANSWER_TIME, self._timeout_duration))
 
     async def push(self, status: Any) -> None:
-        """Write one answer; a text of ours never becomes two lines."""
+        """Write one answer, with its enhanced status code; it never becomes two lines."""
         if isinstance(status, str) and not status.startswith("250-"):
-            status = status.replace("\r", " ").replace("\n", " ")
+            status = self._worded(status).replace("\r", " ").replace("\n", " ")
         await super().push(status)
+
+    def _worded(self, status: str) -> str:
+        if status.startswith(("552 Error: Too much", "500 Line too long")):
+            if self._received > self.data_size_limit:
+                self._log_too_large()
+                return self._too_large()
+            log.info(
+                "mail_refused", peer=self._host, sender=self.envelope.sender, answer="554 5.6.0", cause="line"
+            )
+            return f"554 5.6.0 a line of the mail is longer than {LONGEST_LINE} octets"
+        if status.startswith("500 Error: command"):
+            return "500 5.5.1 no such command"
+        if status.startswith("502 Could not VRFY"):
+            return "502 5.5.1 no such command"
+        found = _UNCODED.fullmatch(status)
+        return (
+            f"{found[1]} {_CODES.get(found[1], '5.0.0')} {found[2]}" if found else _WORDED.get(status, status)
+        )

@@ -55,11 +55,14 @@ class Store:
             unit.append(Unit(connection, self._clock(), self._rules, self._postmaster))
             return verb(unit[-1], *args, **kwargs)
 
-        result = await self._database.write(work)
-        if self._observe is not None:
-            for change in unit[-1].changes:
-                self._observe(change)
-        return result
+        def observe(done: asyncio.Future[T]) -> None:
+            if self._observe is not None and done.exception() is None:
+                for change in unit[-1].changes:
+                    self._observe(change)
+
+        committed = self._database.write(work)
+        committed.add_done_callback(observe)  # a cancelled caller's work happens all the same
+        return await asyncio.shield(committed)
 
     # --- mail in -----------------------------------------------------------------------------------
 
@@ -106,7 +109,7 @@ class Store:
         return await self._do(store_work.take_over)
 
     async def pass_time(self) -> int:
-        """Let time happen to every fax whose time has come; return how many that were."""
+        """Let time happen to every fax whose time has come; return how many it changed."""
         return await self._do(store_work.pass_time)
 
     async def sweep_parked(self) -> int:
@@ -179,10 +182,14 @@ class Store:
 
     async def purge(self, keep_documents: float, keep_records: float) -> int:
         """Throw away what is over, give the space back; return how many documents and mails went."""
-        gone = await self._do(store_desk.purge_documents, keep_documents)
-        gone += await self._do(store_desk.purge_records, keep_records)
-        if gone:
-            await self._database.give_space_back()
+        gone = 0
+        for verb, keep in (
+            (store_desk.purge_documents, keep_documents),
+            (store_desk.purge_records, keep_records),
+        ):
+            while some := await self._do(verb, keep):
+                gone += some
+        await self._database.give_space_back()
         return gone
 
     async def close(self) -> None:

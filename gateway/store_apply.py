@@ -45,6 +45,7 @@ from gateway.records import (
     Suspect,
     Taken,
     Tell,
+    Unprovable,
     Withdrawn,
 )
 
@@ -89,26 +90,22 @@ _LOAD_FAX = sa.select(s.faxes).where(s.faxes.c.id == sa.bindparam("fax_id"))
 _LOAD_ATTEMPTS = (
     sa.select(s.attempts).where(s.attempts.c.fax_id == sa.bindparam("fax_id")).order_by(s.attempts.c.ordinal)
 )
+# What never changes stays out of the updates, or every index would be written each time.
+_FAX_CHANGES = (
+    "state", "due_at", "give_up_at", "version", "held_for", "held_detail", "told_delayed", "cancel_asked",
+    "ended_at", "reason",
+)  # fmt: skip
+_ATTEMPT_CHANGES = tuple(name for name in _ATTEMPT_FIELDS if name not in {"id", "ordinal", "started_at"})
 _SAVE_FAX = (
     s.faxes.update()
     .where(s.faxes.c.id == sa.bindparam("fax_id"), s.faxes.c.version == sa.bindparam("old_version"))
-    .values(
-        {
-            name: sa.bindparam(name)
-            for name in (
-                "state", "due_at", "give_up_at", "version", "held_for", "held_detail", "told_delayed",
-                "cancel_asked", "ended_at", "reason", "lease_until",
-            )
-        }
-    )
-)  # fmt: skip
+    .values({name: sa.bindparam(name) for name in (*_FAX_CHANGES, "lease_until")})
+)
 _ADD_ATTEMPT = s.attempts.insert()
 _SAVE_ATTEMPT = (
     s.attempts.update()
     .where(s.attempts.c.id == sa.bindparam("attempt_id"))
-    .values(
-        {name: sa.bindparam(name) for name in _ATTEMPT_FIELDS if name not in {"id", "ordinal", "started_at"}}
-    )
+    .values({name: sa.bindparam(name) for name in _ATTEMPT_CHANGES})
 )
 _ADD_HISTORY = s.history.insert()
 
@@ -154,6 +151,11 @@ def apply(unit: Unit, fax_id: str, event: Event, *, version: int | None = None) 
     fax = load(unit.connection, fax_id)
     if version is not None and fax.version != version:
         return fax
+    if isinstance(event, Taken):
+        know_carrier_id(unit, event.carrier_id)
+        owner = unit.connection.execute(OWNER, {"carrier_id": event.carrier_id}).first()
+        if owner is not None and owner.id != event.attempt_id:
+            return _contested(unit, fax_id, event, owner.fax_id)
     event = _fenced(fax, event, unit.now)
     step = transition(fax, event, unit.now, unit.rules)
     after = fax
@@ -163,10 +165,12 @@ def apply(unit: Unit, fax_id: str, event: Event, *, version: int | None = None) 
     if step.fax is not fax or step.effects or isinstance(event, Reported):
         _record(unit, after, event)
         unit.changes.append(Change(fax, after, event, step.effects))
+    for effect in step.effects:
+        _carry_out(unit, after, event, effect)
     if isinstance(event, Taken):
         after = _replay(unit, after, event.carrier_id)
-    for effect in step.effects:
-        _carry_out(unit, after, effect)
+    if any(isinstance(effect, Suspect) for effect in step.effects):
+        after = load(unit.connection, fax_id)  # it may be back in the queue
     if after.final and not fax.final and after.state is not State.DELIVERED:
         # Rule 6: what failed or was cancelled may be mailed again.
         unit.connection.execute(_FORGET_DUPLICATE, {"fax_id": fax_id})
@@ -186,7 +190,8 @@ def _fenced(fax: Fax, event: Event, now: float) -> Event:
 
 
 def _save(connection: Connection, before: Fax, after: Fax) -> None:
-    values = fax_values(after) | {"fax_id": after.id, "old_version": before.version, "lease_until": 0.0}
+    values = {name: getattr(after, name) for name in _FAX_CHANGES}
+    values |= {"fax_id": after.id, "old_version": before.version, "lease_until": 0.0}
     if connection.execute(_SAVE_FAX, values).rowcount != 1:
         raise Conflict(f"fax {after.id} was changed by another gateway")
     known = {attempt.id: attempt for attempt in before.attempts}
@@ -196,7 +201,8 @@ def _save(connection: Connection, before: Fax, after: Fax) -> None:
             values = asdict(attempt) | {"fax_id": after.id, "number": after.number}
             connection.execute(_ADD_ATTEMPT, values)
         elif attempt != known[attempt.id]:
-            connection.execute(_SAVE_ATTEMPT, asdict(attempt) | {"attempt_id": attempt.id})
+            values = {name: getattr(attempt, name) for name in _ATTEMPT_CHANGES}
+            connection.execute(_SAVE_ATTEMPT, values | {"attempt_id": attempt.id})
 
 
 def _record(unit: Unit, fax: Fax, event: Event) -> None:
@@ -225,6 +231,9 @@ _PARKED = (
     .where(s.carrier_events.c.carrier_id == sa.bindparam("carrier_id"), s.carrier_events.c.fax_id.is_(None))
     .order_by(s.carrier_events.c.occurred_at, s.carrier_events.c.received_at)
 )
+OWNER = sa.select(s.attempts.c.id, s.attempts.c.fax_id).where(
+    s.attempts.c.carrier_id == sa.bindparam("carrier_id")
+)
 CLAIM_EVENT = (
     s.carrier_events.update()
     .where(s.carrier_events.c.id == sa.bindparam("event_id"))
@@ -238,9 +247,17 @@ def know_carrier_id(unit: Unit, carrier_id: str) -> None:
     unit.connection.execute(insert.on_conflict_do_nothing())
 
 
+def _contested(unit: Unit, fax_id: str, event: Taken, owner: str) -> Fax:
+    """Leave to a person a call that two attempts claim: one by the carrier's answer, one by a verdict."""
+    cause = f"the carrier's fax {event.carrier_id} belongs to {owner}"
+    apply(unit, fax_id, Doubted(event.attempt_id, cause))
+    return apply(unit, fax_id, Unprovable(event.attempt_id, cause))
+
+
 def _replay(unit: Unit, fax: Fax, carrier_id: str) -> Fax:
-    know_carrier_id(unit, carrier_id)
-    attempt = next(attempt for attempt in fax.attempts if attempt.carrier_id == carrier_id)
+    attempt = next((attempt for attempt in fax.attempts if attempt.carrier_id == carrier_id), None)
+    if attempt is None:  # the attempt has another id, and the postmaster was told
+        return fax
     for row in unit.connection.execute(_PARKED, {"carrier_id": carrier_id}).mappings().all():
         unit.connection.execute(CLAIM_EVENT, {"event_id": row["id"], "owner": fax.id})
         report = read_report(row["report"])
@@ -267,6 +284,7 @@ def write_report(report: Report | None) -> str | None:
 _DROP_BRAKES = s.brakes.delete().where(
     s.brakes.c.kind != "operator",
     s.brakes.c.proof <= sa.bindparam("reached"),
+    s.brakes.c.since <= sa.bindparam("begun"),  # an older call proves nothing
     s.brakes.c.scope.in_(["account", sa.bindparam("sender")]),
 )
 _SUSPECTS = sa.select(s.faxes.c.id, s.faxes.c.number).where(
@@ -275,6 +293,7 @@ _SUSPECTS = sa.select(s.faxes.c.id, s.faxes.c.number).where(
     s.faxes.c.held_for == HeldFor.REFUSED.value,
     s.faxes.c.held_detail == sa.bindparam("cause"),
 )
+_ACCOUNT_HOLD = sa.select(s.brakes.c.cause).where(s.brakes.c.kind == "hold", s.brakes.c.scope == "account")
 _SENDER_OF = (
     sa.select(s.mails.c.sender)
     .join_from(s.mails, s.faxes, s.faxes.c.mail_id == s.mails.c.id)
@@ -282,7 +301,7 @@ _SENDER_OF = (
 )
 
 
-def _carry_out(unit: Unit, fax: Fax, effect: Effect) -> None:
+def _carry_out(unit: Unit, fax: Fax, event: Event, effect: Effect) -> None:
     match effect:
         case Tell(notice):
             sender = unit.connection.execute(_SENDER_OF, {"fax_id": fax.id}).scalar_one()
@@ -291,11 +310,14 @@ def _carry_out(unit: Unit, fax: Fax, effect: Effect) -> None:
             alert(unit, effect)
         case Brake():
             _brake(unit, effect)
-        case Reached(proof, from_number):
-            unit.connection.execute(_DROP_BRAKES, {"reached": int(proof), "sender": from_number})
+        case Reached(proof, from_number) if isinstance(event, Taken | Reported):
+            begun = fax.attempt(event.attempt_id).started_at
+            values = {"reached": int(proof), "sender": from_number, "begun": begun}
+            unit.connection.execute(_DROP_BRAKES, values)
         case Suspect(cause):
             suspects = unit.connection.execute(_SUSPECTS, {"cause": cause}).all()
-            if len({row.number for row in suspects}) > 1:
+            known = unit.connection.execute(_ACCOUNT_HOLD).scalar() == cause  # this fax was its probe
+            if known or len({row.number for row in suspects}) > 1:
                 _brake(unit, Brake("hold", "account", cause, Proof.TAKEN))
                 alert(unit, Alert("account_held", f"Two numbers met the same refusal ({cause})."))
                 for row in suspects:

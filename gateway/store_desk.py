@@ -10,16 +10,19 @@ Fails: `UnknownFax`; otherwise like the database.
 
 import json
 from dataclasses import dataclass, field
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from gateway import schema as s
-from gateway.records import Fax, Proof, ReceivedMail
+from gateway.records import FINAL, Fax, Proof, ReceivedMail, State
 from gateway.store_apply import Unit, load, upsert
 from gateway.store_outbox import load_mail
 
-_STEP = 500  # rows thrown away at a time
+# What one unit of work throws away: every page of it is overwritten, and nobody else writes meanwhile.
+_STEP = 20  # mails or documents
+_STEP_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +126,22 @@ _PAPER = (
 def list_faxes(connection: Connection, states: tuple[str, ...], most: int) -> list[Listed]:
     """Return faxes in these states, newest first; no states: those that have not ended."""
     query = _LISTED.order_by(s.faxes.c.accepted_at.desc(), s.faxes.c.id.desc()).limit(most)
-    query = query.where(s.faxes.c.state.in_(states)) if states else query.where(s.faxes.c.ended_at.is_(None))
+    wanted = states or tuple(set(State) - FINAL)
+    rows: list[sa.Row[Any]] = []
+    # Each part has an index: the years of ended faxes are not searched for the open ones.
+    for part, states_of_part in (
+        (s.faxes.c.ended_at.is_(None), [state for state in wanted if state not in FINAL]),
+        (s.faxes.c.ended_at.is_not(None), [state for state in wanted if state in FINAL]),
+    ):
+        if states_of_part:
+            rows += connection.execute(query.where(part, s.faxes.c.state.in_(states_of_part)))
+    rows.sort(key=lambda row: (row.accepted_at, row.id), reverse=True)
     return [
         Listed(
             row.id, row.state, row.number, row.sender, row.pages, row.accepted_at, row.due_at, row.calls,
             row.held_for, row.reason,
         )
-        for row in connection.execute(query)
+        for row in rows[:most]
     ]  # fmt: skip
 
 
@@ -221,16 +233,17 @@ _UNTOLD = sa.exists().where(
     s.outbox.c.given_up_at.is_(None),
 )
 _OVER = (
-    sa.select(s.documents.c.id)
+    sa.select(s.documents.c.id, s.documents.c.size)
     .where(s.documents.c.purged_at.is_(None), s.documents.c.stored_at <= sa.bindparam("before"))
     .where(~_UNFINISHED, ~_UNTOLD)
     .limit(_STEP)
 )
+_ORPHANED = 3600.0  # seconds after which nobody will claim a chunk any more
 _ORPHANS = (
     sa.select(s.document_chunks.c.document_id)
-    .where(s.document_chunks.c.position == 0, s.document_chunks.c.stored_at <= sa.bindparam("before"))
+    .where(sa.text("position = 0"), s.document_chunks.c.stored_at <= sa.bindparam("before"))
     .where(~sa.exists().where(s.documents.c.id == s.document_chunks.c.document_id))
-    .limit(_STEP)
+    .limit(1)
 )
 _DROP_CHUNKS = s.document_chunks.delete().where(s.document_chunks.c.document_id == sa.bindparam("gone"))
 _MARK = (
@@ -239,11 +252,15 @@ _MARK = (
 
 
 def purge_documents(unit: Unit, keep: float) -> int:
-    """Throw away documents that nobody needs any more; return how many."""
-    gone = list(unit.connection.execute(_OVER, {"before": unit.now - keep}).scalars())
-    for document_id in gone:
-        unit.connection.execute(_MARK, {"gone": document_id, "at": unit.now})
-    orphans = list(unit.connection.execute(_ORPHANS, {"before": unit.now - 3600.0}).scalars())
+    """Throw away some documents that nobody needs any more; return how many, 0 when none is left."""
+    gone: list[str] = []
+    room = _STEP_BYTES
+    for row in unit.connection.execute(_OVER, {"before": unit.now - keep}).all():
+        if room > 0:
+            room -= row.size
+            gone.append(row.id)
+            unit.connection.execute(_MARK, {"gone": row.id, "at": unit.now})
+    orphans = list(unit.connection.execute(_ORPHANS, {"before": unit.now - _ORPHANED}).scalars())
     for document_id in gone + orphans:
         unit.connection.execute(_DROP_CHUNKS, {"gone": document_id})
     return len(gone) + len(orphans)
@@ -264,14 +281,15 @@ _OLD_MAILS = (
 
 
 def purge_records(unit: Unit, keep: float) -> int:
-    """Throw away what is known of mails that ended long ago; return how many mails."""
+    """Throw away what is known of some mails that ended long ago; return how many, 0 when none is left."""
     connection, before = unit.connection, {"before": unit.now - keep}
     rows = connection.execute(_OLD_MAILS, before).all()
     for row in rows:
         ids = sa.select(s.faxes.c.id).where(s.faxes.c.mail_id == row.id).scalar_subquery()
+        calls = sa.select(s.attempts.c.carrier_id).where(s.attempts.c.fax_id.in_(ids))
+        connection.execute(s.carrier_events.delete().where(s.carrier_events.c.carrier_id.in_(calls)))
         for table in (s.outbox, s.history, s.attempts, s.duplicates):
             connection.execute(table.delete().where(table.c.fax_id.in_(ids)))
-        connection.execute(s.carrier_events.delete().where(s.carrier_events.c.fax_id.in_(ids)))
         connection.execute(s.faxes.delete().where(s.faxes.c.mail_id == row.id))
         connection.execute(s.mails.delete().where(s.mails.c.id == row.id))
         connection.execute(s.documents.delete().where(s.documents.c.id == row.document_id))
@@ -282,4 +300,6 @@ def purge_records(unit: Unit, keep: float) -> int:
     stale = s.carrier_events.c.fax_id.is_(None) & (s.carrier_events.c.received_at <= unit.now - 30 * 86400.0)
     connection.execute(s.carrier_events.delete().where(stale))
     connection.execute(s.carrier_ids.delete().where(s.carrier_ids.c.seen_at <= before["before"]))
+    served = sa.select(s.turns.c.turn).where(s.turns.c.sender == "").scalar_subquery()
+    connection.execute(s.turns.delete().where(s.turns.c.sender != "", s.turns.c.turn <= served))
     return len(rows)

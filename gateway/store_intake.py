@@ -82,7 +82,10 @@ def accept(unit: Unit, submission: Submission, duplicate_window: float) -> Accep
         post(unit, f"{mail_id}.forward", unit.postmaster, payload=submission.forward)
     fresh: list[Fax] = []
     first_mail = mail_id
+    recipients: dict[str, str] = {}  # two spellings of a number are one fax, whatever the window
     for number, recipient in submission.recipients:
+        recipients.setdefault(number, recipient)
+    for number, recipient in recipients.items():
         fax_id = f"{mail_id}-{len(fresh) + 1}"
         earlier = _claim_key(unit, submission, number, mail_id, fax_id, duplicate_window)
         if earlier is not None:

@@ -21,10 +21,10 @@ from gateway.store_apply import Unit, alert, load
 
 NOTICE_LEASE = 300.0  # seconds for one mail to be composed and handed over
 
-_PENDING = sa.text("sent_at IS NULL AND given_up_at IS NULL")
+PENDING = sa.text("sent_at IS NULL AND given_up_at IS NULL")
 _DUE = (
     sa.select(s.outbox)
-    .where(_PENDING, s.outbox.c.due_at <= sa.bindparam("now"), s.outbox.c.lease_until <= sa.bindparam("now"))
+    .where(PENDING, s.outbox.c.due_at <= sa.bindparam("now"), s.outbox.c.lease_until <= sa.bindparam("now"))
     .order_by(s.outbox.c.due_at)
     .limit(sa.bindparam("most"))
     .with_for_update(skip_locked=True)
@@ -34,7 +34,7 @@ _LEASE = (
     .where(s.outbox.c.id == sa.bindparam("entry_id"))
     .values(lease_until=sa.bindparam("until"), fence=s.outbox.c.fence + 1)
 )
-_HELD_BY = (s.outbox.c.id == sa.bindparam("entry_id"), s.outbox.c.fence == sa.bindparam("held"), _PENDING)
+_HELD_BY = (s.outbox.c.id == sa.bindparam("entry_id"), s.outbox.c.fence == sa.bindparam("held"), PENDING)
 _SENT = s.outbox.update().where(*_HELD_BY).values(sent_at=sa.bindparam("at"), payload=None, error="")
 _DEFERRED = (
     s.outbox.update()

@@ -27,6 +27,8 @@ from gateway.records import (
     Doubted,
     End,
     Fax,
+    HeldFor,
+    ReleaseAsked,
     Report,
     Reported,
     State,
@@ -36,6 +38,7 @@ from gateway.records import (
 from gateway.schedule import next_settings
 from gateway.store_apply import (
     CLAIM_EVENT,
+    OWNER,
     Unit,
     apply,
     know_carrier_id,
@@ -45,6 +48,7 @@ from gateway.store_apply import (
     upsert,
     write_report,
 )
+from gateway.store_outbox import PENDING
 
 QUESTION_LEASE = 60.0  # seconds that one gateway has to ask the carrier about a fax
 
@@ -66,9 +70,10 @@ class CallSettings:
 _BRAKES = sa.select(s.brakes)
 _SLOTS = sa.select(s.attempts.c.slot).where(sa.text("blocking"), s.attempts.c.blocking.is_(True))
 _BLOCKED = sa.exists().where(sa.text("blocking"), s.attempts.c.number == s.faxes.c.number).correlate(s.faxes)
+_OPEN = sa.exists().where(s.attempts.c.fax_id == s.faxes.c.id, s.attempts.c.open.is_(True)).correlate(s.faxes)
 _NEXT = (
     sa.select(s.faxes.c.id, s.faxes.c.turn)
-    .where(sa.text("state = 'queued'"), s.faxes.c.due_at <= sa.bindparam("now"), ~_BLOCKED)
+    .where(sa.text("state = 'queued'"), s.faxes.c.due_at <= sa.bindparam("now"), ~_BLOCKED, ~_OPEN)
     .order_by(s.faxes.c.turn)
     .limit(1)
     .with_for_update(skip_locked=True)
@@ -116,10 +121,8 @@ _QUESTIONS = (
     sa.select(s.faxes.c.id)
     .where(
         s.faxes.c.ended_at.is_(None),
-        sa.or_(
-            s.faxes.c.state.in_([State.IN_DOUBT.value, State.SENDING.value]),
-            sa.and_(s.faxes.c.state == State.HELD.value, s.faxes.c.held_for == "stuck"),
-        ),
+        s.faxes.c.state.in_([State.IN_DOUBT.value, State.SENDING.value, State.HELD.value]),
+        sa.or_(s.faxes.c.state != State.HELD.value, s.faxes.c.held_for == HeldFor.STUCK.value),
         s.faxes.c.due_at <= sa.bindparam("now"),
         s.faxes.c.lease_until <= sa.bindparam("now"),
     )
@@ -146,13 +149,14 @@ class Evidence:
 
     told: tuple[Sighting, ...]  # parked events of the number
     control: str | None  # our newest known fax at the carrier
-    control_at: float  # when the carrier took it
+    control_at: float  # the carrier took it no earlier
 
 
+# By the start: `taken_at` may be when a doubt was decided, long after the carrier had it.
 _NEWEST = (
-    sa.select(s.attempts.c.carrier_id, s.attempts.c.taken_at)
+    sa.select(s.attempts.c.carrier_id, s.attempts.c.started_at)
     .where(s.attempts.c.carrier_id.is_not(None), s.attempts.c.from_number == sa.bindparam("sender"))
-    .order_by(s.attempts.c.taken_at.desc())
+    .order_by(s.attempts.c.started_at.desc())
     .limit(1)
 )
 _TOLD = sa.select(s.carrier_events).where(
@@ -166,7 +170,7 @@ def evidence(unit: Unit, number: str, from_number: str) -> Evidence:
     told = tuple(_sighting(row) for row in unit.connection.execute(_TOLD, {"to_number": number}))
     if newest is None:
         return Evidence(told, None, unit.now)
-    return Evidence(told, newest.carrier_id, newest.taken_at)
+    return Evidence(told, newest.carrier_id, newest.started_at)
 
 
 def bound_ids(unit: Unit, carrier_ids: list[str]) -> frozenset[str]:
@@ -195,16 +199,17 @@ class Fate(StrEnum):
     DUPLICATE = "duplicate"
 
 
-_OWNER = sa.select(s.attempts.c.id, s.attempts.c.fax_id).where(
-    s.attempts.c.carrier_id == sa.bindparam("carrier_id")
+_NAMELESS = (
+    sa.select(s.attempts)
+    .where(s.attempts.c.carrier_id.is_(None), s.attempts.c.number == sa.bindparam("number"))
+    .order_by(s.attempts.c.started_at)
 )
-_NAMELESS = sa.select(s.attempts).where(
-    s.attempts.c.carrier_id.is_(None), s.attempts.c.number == sa.bindparam("number")
-)
+_CLOSED_DOUBT = frozenset({End.ABSENT, End.OVERRULED})
+# The new version makes a verdict void that is being reached without this news.
 _ASK_NOW = (
     s.faxes.update()
     .where(s.faxes.c.id == sa.bindparam("fax_id"), s.faxes.c.state.in_(["sending", "in_doubt"]))
-    .values(due_at=sa.bindparam("now"))
+    .values(due_at=sa.bindparam("now"), lease_until=0.0, version=s.faxes.c.version + 1)
 )
 
 
@@ -214,14 +219,17 @@ def remember_event(unit: Unit, event: CarrierEvent) -> tuple[Fate, str | None]:
     know_carrier_id(unit, carrier_id)
     if not _add_event(unit, event):
         return Fate.DUPLICATE, None
-    return _place(unit, event.id, event.sighting, event.report)
+    fate, fax_id = _place(unit, event.id, event.sighting, event.report)
+    if fate is Fate.PARKED:
+        _ask_about(unit, event.sighting)
+    return fate, fax_id
 
 
 def _place(unit: Unit, event_id: str, sighting: Sighting, report: Report | None) -> tuple[Fate, str | None]:
     """Let a kept event happen to the attempt of its carrier's id, or leave it parked."""
-    owner = unit.connection.execute(_OWNER, {"carrier_id": sighting.carrier_id}).first()
+    owner = unit.connection.execute(OWNER, {"carrier_id": sighting.carrier_id}).first()
     if owner is None:
-        return _park(unit, sighting)
+        return _bind_closed(unit, sighting)
     unit.connection.execute(CLAIM_EVENT, {"event_id": event_id, "owner": owner.fax_id})
     if report is None:  # a kind we do not know: a hint to ask
         unit.connection.execute(_ASK_NOW, {"fax_id": owner.fax_id, "now": unit.now})
@@ -241,18 +249,31 @@ def _add_event(unit: Unit, event: CarrierEvent) -> bool:
     return unit.connection.execute(insert).first() is not None
 
 
-def _park(unit: Unit, sighting: Sighting) -> tuple[Fate, str | None]:
-    """Leave the event for its answer; a doubt that it fits is looked at now (rule 3)."""
-    rows = unit.connection.execute(_NAMELESS, {"number": sighting.to_number}).mappings().all()
-    fitting = [row for row in rows if fits(read_attempt(row), sighting.to_number, sighting)]
-    closed = [row for row in fitting if row["end"] == End.ABSENT.value]
-    if any(row["open"] for row in fitting):
-        for row in fitting:
-            unit.connection.execute(_ASK_NOW, {"fax_id": row["fax_id"], "now": unit.now})
-    elif len(closed) == 1:
-        apply(unit, closed[0]["fax_id"], Taken(closed[0]["id"], sighting.carrier_id))  # replays the event
-        return Fate.APPLIED, closed[0]["fax_id"]
-    return Fate.PARKED, None
+def _fitting(unit: Unit, sighting: Sighting) -> list[tuple[str, Attempt]]:
+    """Return the attempts without a carrier's id that the sighting fits, each after its fax's id."""
+    rows = unit.connection.execute(_NAMELESS, {"number": sighting.to_number}).mappings()
+    found = [(row["fax_id"], read_attempt(row)) for row in rows]
+    return [(fax_id, attempt) for fax_id, attempt in found if fits(attempt, sighting.to_number, sighting)]
+
+
+def _bind_closed(unit: Unit, sighting: Sighting) -> tuple[Fate, str | None]:
+    """Bind what nobody owns to the closed doubt of the one fax that it fits (rule 3); else it stays parked."""
+    fitting = _fitting(unit, sighting)
+    closed = [(fax_id, attempt) for fax_id, attempt in fitting if attempt.end in _CLOSED_DOUBT]
+    if len({fax_id for fax_id, _ in closed}) != 1 or any(attempt.open for _, attempt in fitting):
+        return Fate.PARKED, None
+    fax_id, attempt = closed[-1]
+    apply(unit, fax_id, Taken(attempt.id, sighting.carrier_id))  # replays the event
+    return Fate.APPLIED, fax_id
+
+
+def _ask_about(unit: Unit, sighting: Sighting) -> None:
+    """Let the doubts that a new event fits be looked at now, also one that was left to a person."""
+    doubts = [(fax_id, attempt) for fax_id, attempt in _fitting(unit, sighting) if attempt.open]
+    for fax_id, _ in doubts:
+        unit.connection.execute(_ASK_NOW, {"fax_id": fax_id, "now": unit.now})
+    if len(doubts) == 1 and load(unit.connection, doubts[0][0]).held_for is HeldFor.DOUBT:
+        apply(unit, doubts[0][0], ReleaseAsked())
 
 
 # --- time ------------------------------------------------------------------------------------------
@@ -269,7 +290,7 @@ _EXPIRED = (
     sa.select(s.faxes.c.id)
     .where(s.faxes.c.ended_at.is_(None), s.faxes.c.give_up_at <= sa.bindparam("now"))
     .where(s.faxes.c.state.in_([State.QUEUED.value, State.HELD.value]))
-    .where(~sa.exists().where(s.attempts.c.fax_id == s.faxes.c.id, s.attempts.c.open.is_(True)))
+    .where(~_OPEN)
     .limit(_MOST)
 )
 _UNTOLD = (
@@ -278,11 +299,11 @@ _UNTOLD = (
     .limit(_MOST)
 )
 _QUIET = (
-    sa.select(s.attempts.c.fax_id.label("id"))
-    .where(sa.text("blocking"), s.attempts.c.blocking.is_(True))
-    .where(
-        s.attempts.c.started_at <= sa.bindparam("before"), s.attempts.c.changed_at <= sa.bindparam("before")
-    )
+    sa.select(s.faxes.c.id)
+    .join(s.attempts, s.attempts.c.fax_id == s.faxes.c.id)
+    .where(s.faxes.c.ended_at.is_(None), s.faxes.c.state.in_([State.SENDING.value, State.HELD.value]))
+    .where(s.attempts.c.open.is_(True), s.attempts.c.started_at <= sa.bindparam("before"))
+    .where(s.attempts.c.changed_at <= sa.bindparam("before"))
 )
 _UNTOLD_WAITING = (
     sa.select(s.faxes.c.id)
@@ -293,17 +314,15 @@ _HELD = sa.select(s.brakes.c.cause).where(s.brakes.c.kind == "hold").limit(1)
 
 
 def pass_time(unit: Unit) -> int:
-    """Let time happen to every fax whose time has come; return how many that were.
+    """Let time happen to every fax whose time has come; return how many it changed: 0 when all is done.
 
     Lapsed claims become doubts (rule 10), deadlines end waiting faxes, silent calls count as stuck, and
     senders hear of a delay.
     """
     rules, now = unit.rules, {"now": unit.now}
-    done = 0
     for fax_id in _ids(unit, _LAPSED, now):
         attempt = load(unit.connection, fax_id).attempts[-1]
         apply(unit, fax_id, Doubted(attempt.id, "lease ran out"))
-        done += 1
     due = [
         *_ids(unit, _EXPIRED, now),
         *_ids(unit, _UNTOLD, {"before": unit.now - rules.delayed_after}),
@@ -311,13 +330,11 @@ def pass_time(unit: Unit) -> int:
     ]
     for fax_id in dict.fromkeys(due):
         apply(unit, fax_id, TimePassed())
-        done += 1
     cause = unit.connection.execute(_HELD).scalar()
     if cause is not None:
         for fax_id in _ids(unit, _UNTOLD_WAITING, {}):
             apply(unit, fax_id, AccountHeld(cause))
-            done += 1
-    return done
+    return len(unit.changes)
 
 
 def _ids(unit: Unit, query: sa.Select[tuple[str]], values: dict[str, float]) -> list[str]:
@@ -347,7 +364,7 @@ def take_over(unit: Unit) -> int:
         apply(unit, fax_id, Doubted(attempt.id, "the gateway stopped"))
     unit.connection.execute(_ASK_ALL)
     unit.connection.execute(_ASK_SENDING, {"at": unit.now})
-    unit.connection.execute(s.outbox.update().where(s.outbox.c.sent_at.is_(None)).values(lease_until=0.0))
+    unit.connection.execute(s.outbox.update().where(PENDING).values(lease_until=0.0))
     return len(ids)
 
 

@@ -5,7 +5,7 @@ In charge of: bringing a database to this program's schema, and of refusing one 
 Promises: an upgrade happens whole or not at all; a database that is up to date is not touched, and Alembic
 not even loaded.
 
-Fails: `WrongDatabase`, with what to do.
+Fails: `WrongRevision`, with what to do.
 """
 
 from pathlib import Path
@@ -13,10 +13,12 @@ from pathlib import Path
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from gateway.database import WrongDatabase
-
 REVISIONS = ("0001",)
 """Every revision in `versions/`, oldest first; a test compares them."""
+
+
+class WrongRevision(Exception):
+    """The database is not at this program's revision; the text says what to do."""
 
 
 def revision(connection: Connection) -> str | None:
@@ -42,18 +44,18 @@ def upgrade(connection: Connection) -> None:
 
 
 def require_current(connection: Connection) -> None:
-    """Raise WrongDatabase unless the database is at the newest revision."""
+    """Raise WrongRevision unless the database is at the newest revision."""
     with connection.begin():
         current = revision(connection)
     _refuse_newer(current)
     if current != REVISIONS[-1]:
-        raise WrongDatabase(
+        raise WrongRevision(
             "the database is older than this program: start `fax-gateway serve` once, it upgrades it"
         )
 
 
 def _refuse_newer(current: str | None) -> None:
     if current is not None and current not in REVISIONS:
-        raise WrongDatabase(
+        raise WrongRevision(
             f"the database was written by a newer fax-gateway (revision {current}): upgrade the program"
         )

@@ -50,6 +50,7 @@ def upgrade() -> None:
         sa.Column("seen_at", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("carrier_id", name=op.f("pk_carrier_ids")),
     )
+    op.create_index(op.f("ix_carrier_ids_seen_at"), "carrier_ids", ["seen_at"], unique=False)
     op.create_table(
         "document_chunks",
         sa.Column("document_id", sa.String(), nullable=False),
@@ -57,6 +58,14 @@ def upgrade() -> None:
         sa.Column("stored_at", sa.Float(), nullable=False),
         sa.Column("data", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("document_id", "position", name=op.f("pk_document_chunks")),
+    )
+    op.create_index(
+        "ix_document_chunks_first",
+        "document_chunks",
+        ["stored_at", "document_id"],
+        unique=False,
+        sqlite_where=sa.text("position = 0"),
+        postgresql_where=sa.text("position = 0"),
     )
     op.create_table(
         "documents",
@@ -106,6 +115,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_mails")),
     )
     op.create_index(op.f("ix_mails_document_id"), "mails", ["document_id"], unique=False)
+    op.create_index(op.f("ix_mails_received_at"), "mails", ["received_at"], unique=False)
     op.create_table(
         "faxes",
         sa.Column("id", sa.String(), nullable=False),
@@ -133,7 +143,7 @@ def upgrade() -> None:
     op.create_index(
         "ix_faxes_deadline",
         "faxes",
-        ["give_up_at"],
+        ["state", "give_up_at"],
         unique=False,
         sqlite_where=sa.text("ended_at IS NULL"),
         postgresql_where=sa.text("ended_at IS NULL"),
@@ -149,7 +159,7 @@ def upgrade() -> None:
     op.create_index(
         "ix_faxes_ended",
         "faxes",
-        ["ended_at"],
+        ["accepted_at"],
         unique=False,
         sqlite_where=sa.text("ended_at IS NOT NULL"),
         postgresql_where=sa.text("ended_at IS NOT NULL"),
@@ -214,7 +224,7 @@ def upgrade() -> None:
     op.create_index(
         "ix_attempts_newest",
         "attempts",
-        ["taken_at"],
+        ["started_at"],
         unique=False,
         sqlite_where=sa.text("carrier_id IS NOT NULL"),
         postgresql_where=sa.text("carrier_id IS NOT NULL"),

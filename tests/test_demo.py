@@ -1,0 +1,74 @@
+"""The demonstration: what a newcomer sees first."""
+
+import asyncio
+import re
+import signal
+import sys
+from pathlib import Path
+
+from harness import until
+
+
+def _is_picture(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+async def _demo(*words: str) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "gateway", "demo", *words,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+
+
+async def test_the_demonstration_shows_the_whole_way_and_ends() -> None:
+    """`demo --once` shows each step, prints the delivered reply, keeps the picture of page 1, and exits 0."""
+    process = await _demo("--once")
+    output = (await process.communicate())[0].decode()
+    assert process.returncode == 0, output
+    steps = ("HTTP on", "said 250", "goes to the carrier", "took it as", "ended: delivered", "reply:")
+    places = [output.index(step) for step in steps]
+    assert places == sorted(places)
+    assert "Subject: Fax delivered: +1 312-555-0100, 1 page" in output
+    picture = re.search(r"page 1, as it went out: (\S+\.png)", output)
+    assert picture is not None
+    assert _is_picture(Path(picture[1]))
+    seconds = [float(found) for found in re.findall(r"^ *(\d+\.\d\d) s  ", output, re.MULTILINE)]
+    assert seconds == sorted(seconds)
+
+
+async def test_the_demonstration_goes_on_serving_until_it_is_told_to_end() -> None:
+    """Without `--once` it says how to mail by hand, answers a mail sent so, and ends cleanly on Ctrl-C."""
+    process = await _demo()
+    assert process.stdout is not None
+    seen: list[str] = []
+    stdout = process.stdout
+
+    async def read() -> None:
+        while line := await stdout.readline():
+            seen.append(line.decode().rstrip())
+
+    reader = asyncio.create_task(read())
+    try:
+        await until(lambda: [line for line in seen if "Ctrl-C" in line], "the demonstration to serve")
+        command = next(line for line in seen if "fax-gateway send" in line)
+        config = next(line for line in seen if "--config" in line and "fax-gateway send" not in line)
+        words = command.replace("\\", "").split()[1:] + config.split()
+        sent = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "gateway",
+            *words,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        answer = (await sent.communicate())[0].decode()
+        assert sent.returncode == 0, answer
+        assert "queued as" in answer
+        await until(
+            lambda: [line for line in seen if "will be called again" in line], "the busy call's retry"
+        )
+    finally:
+        process.send_signal(signal.SIGINT)
+        code = await process.wait()
+        await reader
+    assert code == 0
