@@ -1,0 +1,207 @@
+"""A store over a real database for the tests of the store's verbs, with a clock that the test sets.
+
+A test module takes the fixture by `store = stores.store`. What the fixture runs on is one line of `BACKENDS`.
+"""
+
+import contextlib
+import shutil
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from faxes import APPLICATION, FROM, NOW, NUMBER, RULES
+
+from gateway.carrier import CarrierEvent
+from gateway.database import Database
+from gateway.doubt import Sighting
+from gateway.records import Begun, Event, Fax, ReceivedMail, Report, Rules, Stage, State, Taken
+from gateway.store import Store
+from gateway.store_apply import Change
+from gateway.store_intake import CHUNK, Accepted, Paper, Submission
+from gateway.store_work import CallSettings, Fate
+
+BACKENDS = ("sqlite",)
+SENDER = "clerk@example.com"
+POSTMASTER = "postmaster@example.com"
+DOCUMENT = b"%PDF-1.7 a small document"
+LEASE = 300.0
+SETTINGS = CallSettings(FROM, APPLICATION, "high", t38=True, channels=2, lease=LEASE)
+
+
+class Clock:
+    """The time, as the test wants it."""
+
+    def __init__(self, now: float = NOW) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        """Return the time, seconds since 1970."""
+        return self.now
+
+
+class TriedStore(Store):
+    """The store, with what a test needs beside it."""
+
+    def __init__(self, url: str, *, rules: Rules = RULES, serve: bool = True) -> None:
+        self.url = url
+        self.clock = Clock()
+        self.changes: list[Change] = []
+        self.database = Database(url, busy_timeout=1.0)
+        self.database.open(serve=serve)
+        super().__init__(
+            self.database, clock=self.clock, rules=rules, postmaster=POSTMASTER, observe=self.changes.append
+        )
+
+    async def mail_in(
+        self,
+        *numbers: str,
+        sender: str = SENDER,
+        message_id: str | None = None,
+        digest: str = "d1",
+        document: bytes = DOCUMENT,
+        window: float = 0.0,
+    ) -> Accepted:
+        """Take in a mail, as the door does. Duplicates are looked for only if a window is given."""
+        paper = small_paper(document)
+        if len(document) > CHUNK:
+            paper = replace(paper, id=await self.keep_document(document), data=None)
+        mail = ReceivedMail(
+            id="", sender=sender, received_at=self.clock.now, message_id=message_id, subject="An order",
+            original_headers=b"Subject: An order\r\n",
+        )  # fmt: skip
+        recipients = tuple((number, f"{number}@fax.local") for number in numbers or (NUMBER,))
+        return await self.accept(Submission(mail, digest, recipients, paper), window)
+
+    async def queued(self, number: str = NUMBER, **mail: Any) -> Fax:
+        """Return a fax that was just accepted."""
+        return await self.fax((await self.mail_in(number, **mail)).fax_ids[0])
+
+    async def fax(self, fax_id: str) -> Fax:
+        """Return a fax as it is now."""
+        return (await self.show(fax_id)).fax
+
+    async def claimed(self, settings: CallSettings = SETTINGS) -> Fax:
+        """Claim the next call; there must be one."""
+        fax = await self.claim_call(settings)
+        assert fax is not None, "nothing could be claimed"
+        assert fax.state is State.SUBMITTING
+        return fax
+
+    async def called(self, carrier_id: str = "c1", number: str = NUMBER, **mail: Any) -> Fax:
+        """Take in a fax, claim it and let the carrier take it."""
+        await self.queued(number, **mail)
+        return await self.taken(await self.claimed(), carrier_id)
+
+    async def taken(self, fax: Fax, carrier_id: str = "c1") -> Fax:
+        """Let the carrier take the newest attempt."""
+        return await self.apply(fax.id, Taken(newest(fax), carrier_id))
+
+    async def ended(self, fax_id: str, event: Event) -> Fax:
+        """Let an event end the fax, and the relay take every mail about it."""
+        fax = await self.apply(fax_id, event)
+        assert fax.final
+        await self.mail_out()
+        return fax
+
+    async def mail_out(self) -> list[str]:
+        """Let the relay take every mail that is due; return their ids."""
+        entries = await self.claim_notices(1000)
+        for entry in entries:
+            assert await self.notice_sent(entry.id, entry.fence)
+        return [entry.id for entry in entries]
+
+    async def webhook(self, event: CarrierEvent) -> Fate:
+        """Let the carrier's event come in."""
+        return (await self.remember_event(event))[0]
+
+    async def rows(self, query: str, **values: Any) -> list[tuple[Any, ...]]:
+        """Look into the tables."""
+        return await self.database.read(
+            lambda connection: [tuple(row) for row in connection.execute(sa.text(query), values)]
+        )
+
+    async def change(self, statement: str, **values: Any) -> None:
+        """Change the tables, as nobody but a test may."""
+        await self.database.write(lambda connection: connection.execute(sa.text(statement), values).close())
+
+    async def brakes(self) -> set[tuple[str, str]]:
+        """Return what stops the queue: kind and scope."""
+        return {(brake.kind, brake.scope) for brake in (await self.count()).brakes}
+
+
+def small_paper(document: bytes) -> Paper:
+    """Make a document that comes along with its mail."""
+    return Paper(str(uuid.uuid4()), sha256(document).hexdigest(), 3, len(document), document)
+
+
+def newest(fax: Fax) -> str:
+    """Return the id of the fax's newest attempt."""
+    assert fax.last is not None
+    return fax.last.id
+
+
+def numbers(count: int) -> list[str]:
+    """Return that many numbers."""
+    return [f"+1312555{n:04}" for n in range(count)]
+
+
+def reported(
+    carrier_id: str,
+    stage: Stage | None,
+    *,
+    id: str = "",  # noqa: A002 -- the event's
+    number: str = NUMBER,
+    reason: str | None = None,
+    at: float = NOW,
+    connection_id: str = APPLICATION,
+) -> CarrierEvent:
+    """Make a webhook's event; without a stage it is of a kind that says nothing about progress."""
+    report = None if stage is None else Report(stage, asked=False, reason=reason)
+    sighting = Sighting(carrier_id, number, FROM, connection_id, at)
+    return CarrierEvent(id or f"e-{carrier_id}-{stage}", "fax.event", sighting, outbound=True, report=report)
+
+
+def events_of(changes: list[Change]) -> list[str]:
+    """Name the events that changed a fax; claims aside."""
+    return [type(change.event).__name__ for change in changes if not isinstance(change.event, Begun)]
+
+
+@contextlib.contextmanager
+def overheard(database: Database) -> Iterator[list[tuple[str, Any]]]:
+    """Listen to the statements that reach the database, with their values."""
+    heard: list[tuple[str, Any]] = []
+
+    def listen(_c: object, _cursor: object, statement: str, values: Any, _x: object, _many: object) -> None:
+        heard.append((statement, values))
+
+    for engine in database._engines:
+        sa.event.listen(engine, "before_cursor_execute", listen)
+    try:
+        yield heard
+    finally:
+        for engine in database._engines:
+            sa.event.remove(engine, "before_cursor_execute", listen)
+
+
+def sqlite_url(folder: Path) -> str:
+    """Return the URL of a database in the folder."""
+    return f"sqlite:///{folder / 'gateway.db'}"
+
+
+@pytest.fixture(params=BACKENDS)
+async def store(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[TriedStore]:
+    """Return an empty store over a database of its own."""
+    template = tmp_path_factory.getbasetemp() / "template.db"  # migrating takes longer than most tests
+    if not template.exists():
+        database = Database(f"sqlite:///{template}")
+        database.open(serve=True)
+        database.close()
+    shutil.copy(template, tmp_path / "gateway.db")
+    tried = TriedStore(sqlite_url(tmp_path))
+    yield tried
+    await tried.close()
