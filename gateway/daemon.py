@@ -42,7 +42,7 @@ from gateway.store_apply import Change
 from gateway.store_work import CallSettings
 from gateway.systemd import Supervisor
 from gateway.telnyx import POST_LIMIT, Telnyx
-from gateway.web import Doorway
+from gateway.web import Doorway, connection_factory
 from gateway.wiring import hostname_of, open_store, rules_of
 
 CALL_LEASE = POST_LIMIT + 30.0
@@ -256,9 +256,15 @@ async def _http(
     runner = web.AppRunner(application, access_log=None, handle_signals=False, keepalive_timeout=15.0)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, settings.http.listen.host, settings.http.listen.port)
-        await site.start()
-        yield _address(runner.addresses[0])
+        if runner.server is None:
+            raise OSError("the HTTP server could not be made")
+        listen = settings.http.listen
+        factory = connection_factory(runner.server)
+        server = await asyncio.get_running_loop().create_server(factory, listen.host, listen.port)
+        try:
+            yield _address(server.sockets[0].getsockname())
+        finally:
+            server.close()
     finally:
         await runner.cleanup()
 

@@ -23,6 +23,8 @@ from gateway.store_desk import Counts
 
 LARGEST_EVENT = 256 * 1024  # octets; the carrier's are below 2 KB
 BODY_LIMIT = 10.0  # seconds for a body to arrive: the carrier gives up after 2
+CONNECTION_LIMIT = 60.0  # seconds after which a connection ends, once its request is answered
+MOST_CONNECTIONS = 500
 
 log = get_logger()
 
@@ -150,3 +152,27 @@ class Doorway:
 async def _say_little(_request: web.Request, response: web.StreamResponse) -> None:
     """Keep names and versions of ours out of answers to strangers."""
     response.headers["Server"] = "fax"
+
+
+def connection_factory(server: web.Server) -> Callable[[], asyncio.Protocol]:
+    """Return what `loop.create_server` calls for each connection: aiohttp itself sets no limits on them.
+
+    A peer that only connects, or sends its headers a byte a second, is cut off (CWE-400).
+    """
+
+    def make() -> asyncio.Protocol:
+        if len(server.connections) >= MOST_CONNECTIONS:
+            return _Closed()
+        handler = server()
+        asyncio.get_running_loop().call_later(CONNECTION_LIMIT, handler.close)
+        return handler
+
+    return make
+
+
+class _Closed(asyncio.Protocol):
+    """One connection too many."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Close it."""
+        transport.close()
