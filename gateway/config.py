@@ -1,11 +1,11 @@
 """The settings: every key with its type, default and limits, and where the values come from.
 
-In charge of what pydantic-settings reads, from the TOML file, the environment (`FAX_GATEWAY_SECTION__KEY`) and
-systemd's credentials, of which the later win over the earlier, and of telling an operator what is wrong there.
+In charge of what pydantic-settings reads from the TOML file, the environment (`FAX_GATEWAY_SECTION__KEY`) and
+systemd's credentials, of which the later win over the earlier, and of telling an operator what is wrong.
 
 Promises: `load` returns settings that every part of the gateway can rely on, or raises `ConfigurationError`
 with every fault that can be found at once, each under its key and with what to do. No text of it, and no
-`repr`, shows a secret. It reads the given file, environment and credentials and nothing else, no `.env` either.
+`repr`, shows a secret. It reads the given file and environment and the credentials, and nothing else.
 """
 
 import difflib
@@ -202,10 +202,9 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Return the sources that `load` made, the strongest first, and none of pydantic-settings' usual ones."""
+        """Return the sources that `load` made, the strongest first; the usual ones read `os.environ`."""
         del settings_cls, env_settings, dotenv_settings, file_secret_settings
-        sources: tuple[PydanticBaseSettingsSource, ...] = init_settings()["sources"]
-        return sources
+        return tuple(init_settings()["sources"])
 
 
 KEYS: Mapping[str, FieldInfo] = {
@@ -226,8 +225,8 @@ _REQUIRED = {
 def load(path: Path, environ: Mapping[str, str], *, named: bool = True) -> tuple[Settings, list[Fault]]:
     """Return the settings, and warnings about what is allowed but dangerous or without effect.
 
-    `environ` is the process's environment. A file that somebody `named` must be there; at its usual place it may
-    be missing, if the environment and the credentials hold what is required. Raises `ConfigurationError`.
+    `environ` is the process's environment. A file that somebody `named` must exist; at the usual place none
+    needs to, if the environment and the credentials hold what is required. Raises `ConfigurationError`.
     """
     faults: list[Fault] = []
     credentials, environment = _credentials(environ, faults), _environment(environ, faults)
@@ -239,7 +238,7 @@ def load(path: Path, environ: Mapping[str, str], *, named: bool = True) -> tuple
         if named:
             raise ConfigurationError(faults + absent) from None
     settings = Settings((credentials, environment, file, _Check(faults, absent)))
-    return settings, [*_file_warnings(path, file.init_kwargs), *_warnings(settings)]
+    return settings, list(_warnings(settings, path, file.init_kwargs))
 
 
 def variable(key: str) -> str:
@@ -321,13 +320,11 @@ def _credentials(environ: Mapping[str, str], faults: list[Fault]) -> InitSetting
     for key in CREDENTIALS if directory else ():
         section, _, name = key.partition(".")
         try:
-            text = Path(directory or "", key).read_text(encoding="utf-8")
+            found.setdefault(section, {})[name] = Path(directory or "", key).read_text("utf-8").strip()
         except FileNotFoundError:
             continue
         except (OSError, UnicodeDecodeError):
             faults.append(Fault(key, f"the credential in {directory} cannot be read"))
-        else:
-            found.setdefault(section, {})[name] = text.strip()
     return InitSettingsSource(Settings, found)
 
 
@@ -439,15 +436,10 @@ def _place(host: str) -> str:
     return "any" if address.is_unspecified else str(address)
 
 
-def _file_warnings(path: Path, content: Mapping[str, Any]) -> Iterable[Fault]:
-    holds_secret = content.get("telnyx", {}).get("api_key") or content.get("replies", {}).get(
-        "relay_password"
-    )
-    if holds_secret and path.stat().st_mode & stat.S_IROTH:
+def _warnings(settings: Settings, path: Path, content: Mapping[str, Any]) -> Iterable[Fault]:
+    secrets = content.get("telnyx", {}).get("api_key"), content.get("replies", {}).get("relay_password")
+    if any(secrets) and path.stat().st_mode & stat.S_IROTH:
         yield Fault("", f"{path} holds a secret and can be read by everybody here; chmod 0640 {path}")
-
-
-def _warnings(settings: Settings) -> Iterable[Fault]:
     for network in settings.senders.networks:
         if network.prefixlen == 0:
             yield Fault("senders.networks", f"{network} lets the whole Internet send faxes at your expense")

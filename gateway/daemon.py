@@ -49,11 +49,11 @@ CALL_LEASE = POST_LIMIT + 30.0
 """Seconds for which a claim to call holds: the longest POST, the questions before it, and a margin."""
 DRAIN_LIMIT = POST_LIMIT + 10.0
 """Seconds that a stop waits for open POSTs; systemd waits longer."""
+_DATA_LIMIT = 20.0  # seconds that a stop waits for the final dots of mails that are coming in
 _ACCEPT_LIMIT = 35.0  # seconds that a stop waits for mails after their final dot
 _NOTICES_LIMIT = 15.0  # seconds that a stop waits for replies on their way to the relay
 _TICK_LIMIT = 180.0  # seconds without a turn after which a loop counts as dead
 
-_SCHEMES = {"none": "smtp", "tls": "smtps", "starttls": "smtp+starttls"}
 
 log = get_logger()
 
@@ -198,7 +198,9 @@ def _notices(
 ) -> Coroutine[Any, Any, None]:
     replies, hostname = settings.replies, hostname_of(settings)
     relay = Relay(
-        f"{_SCHEMES[replies.relay.security]}://{replies.relay.host}:{replies.relay.port}",
+        replies.relay.security,
+        replies.relay.host,
+        replies.relay.port,
         hostname=hostname,
         user=replies.relay_user or None,
         password=replies.relay_password.get_secret_value() or None,
@@ -337,11 +339,14 @@ async def _beat(supervisor: Supervisor, dispatcher: Dispatcher) -> None:
 
 
 async def _drain(door: MailDoor, sessions: Sessions, dispatcher: Dispatcher) -> None:
-    """Finish what was begun: mails after their final dot, then the POSTs that are open."""
-    sessions.close_idle()
+    """Finish what was begun: the mails that are coming in, and meanwhile the POSTs that are open."""
+    await asyncio.gather(_finish_mails(door, sessions), dispatcher.drain(DRAIN_LIMIT))
+
+
+async def _finish_mails(door: MailDoor, sessions: Sessions) -> None:
+    await sessions.finish(_DATA_LIMIT)
     if door.accepting:
         await asyncio.wait(door.accepting, timeout=_ACCEPT_LIMIT)
-    await dispatcher.drain(DRAIN_LIMIT)
 
 
 def _observe(metrics: Metrics, change: Change) -> None:

@@ -93,6 +93,7 @@ class Dispatcher:
         self._metrics = metrics
         self._keep = (keep_documents, keep_records)
         self._calls: set[asyncio.Task[None]] = set()
+        self._claiming = asyncio.Lock()  # from the look at `_stopping` until the call is in `_calls`
         self._stopping = False
         self.ticks: dict[str, float] = {}  # when each loop last came round, for the watchdog
 
@@ -129,6 +130,8 @@ class Dispatcher:
     async def drain(self, grace: float) -> None:
         """Begin no more calls; let open POSTs finish for `grace` seconds. The rest stays to be doubted."""
         self._stopping = True
+        async with self._claiming:  # an intent may be about to be written: its call is the last to begin
+            pass
         if self._calls:
             await asyncio.wait(self._calls, timeout=grace)
         for task in self._calls:
@@ -151,13 +154,19 @@ class Dispatcher:
     # --- calls --------------------------------------------------------------------------------------------
 
     async def _begin_calls(self) -> None:
-        while not self._stopping:
-            fax = await self._store.claim_call(self._settings)
+        while await self._begin_call():
+            pass
+
+    async def _begin_call(self) -> bool:
+        """Begin the next call; False when there is none to begin."""
+        async with self._claiming:
+            fax = None if self._stopping else await self._store.claim_call(self._settings)
             if fax is None or fax.last is None:
-                return
+                return False
             task = asyncio.create_task(self._call(fax, fax.last), name=f"call {fax.id}")
             self._calls.add(task)
             task.add_done_callback(self._calls.discard)
+            return True
 
     async def _call(self, fax: Fax, attempt: Attempt) -> None:
         begun = time.monotonic()

@@ -119,7 +119,9 @@ def _taken(fax: Fax, event: Taken, now: float, rules: Rules) -> Step:
         effects = (_twice(fax, "an attempt thought absent was taken after all"),)
     if any(other.open for other in later):
         return Step(fax, effects)
-    due_at = now if fax.cancel_asked else now + first_poll(fax, rules)
+    # A call found after a doubt may have ended long ago, and told us so in vain.
+    ask_now = fax.cancel_asked or attempt.doubted_at is not None
+    due_at = now if ask_now else now + first_poll(fax, rules)
     fax = replace(fax, state=State.SENDING, due_at=due_at, held_for=None, held_detail="")
     return Step(fax, (*effects, Reached(Proof.TAKEN, attempt.from_number)))
 

@@ -18,7 +18,7 @@ import re
 from email.message import EmailMessage
 from email.utils import parseaddr
 from enum import IntEnum
-from urllib.parse import urlsplit
+from typing import Literal
 
 import aiosmtplib
 
@@ -45,9 +45,6 @@ class RelayAway(Exception):
         self.text = text
 
 
-_PORTS = {"smtp": 25, "smtps": 465, "smtp+starttls": 587}  # RFC 5321, 8314 and 6409
-
-
 class _Stage(IntEnum):
     """How far a session came; until its end, a fault is about the relay, not about the mail."""
 
@@ -62,28 +59,23 @@ class Relay:
 
     def __init__(
         self,
-        url: str,
+        security: Literal["none", "tls", "starttls"],
+        host: str,
+        port: int,
         *,
         hostname: str,
         user: str | None = None,
         password: str | None = None,
         timeout: float = HAND_OVER_LIMIT,
     ) -> None:
-        """`url` is `smtp://HOST[:PORT]`, `smtps://...` (TLS from the start) or `smtp+starttls://...`.
+        """Take the relay's place; `tls` from the start, `starttls` or nothing; there is no way in between.
 
-        `hostname` is how we introduce ourselves; `timeout` are the seconds for a whole hand-over. Raises
-        ValueError for another `url`; `smtp` never uses TLS, the other two never do without.
+        `hostname` is how we introduce ourselves; `timeout` are the seconds for a whole hand-over.
         """
-        parts = urlsplit(url)
-        if parts.scheme not in _PORTS:
-            raise ValueError("a relay begins with smtp://, smtps:// or smtp+starttls://")
-        rest = parts.path.strip("/") or parts.query or parts.fragment
-        if not parts.hostname or "@" in parts.netloc or rest:
-            raise ValueError("a relay is a host and perhaps a port, nothing else: smtp://mail.example.com:25")
-        self._scheme = parts.scheme
-        self._host = parts.hostname
-        self._port = parts.port or _PORTS[parts.scheme]
-        self.name = f"{self._host}:{self._port}"  # for the log
+        self._security = security
+        self._host = host
+        self._port = port
+        self.name = f"{host}:{port}"  # for the log
         self._hostname = hostname
         self._user = user
         self._password = password
@@ -99,7 +91,7 @@ class Relay:
         client = aiosmtplib.SMTP(
             hostname=self._host, port=self._port, local_hostname=self._hostname, timeout=None,
             username=self._user, password=self._password,
-            use_tls=self._scheme == "smtps", start_tls=self._scheme == "smtp+starttls",
+            use_tls=self._security == "tls", start_tls=self._security == "starttls",
         )  # fmt: skip
         stage = _Stage.GREETING
         try:

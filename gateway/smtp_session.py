@@ -40,6 +40,8 @@ _PATH = re.compile(
     r"\s*(?:<(?:@[^<>:]*:)?(?P<inner>[^<>]*)>|(?P<bare>[^<>\s]+))(?:\s+(?P<rest>.*))?\s*", re.DOTALL
 )
 
+_SHUTTING_DOWN = "421 4.3.2 shutting down, try again later"
+
 # aiosmtpd's own answers, given the codes of RFC 3463 and no words of the client.
 _UNCODED = re.compile(r"([45][0-9][0-9]) (?![45]\.[0-9])(?:Error: )?(.*)", re.DOTALL)
 _CODES = {
@@ -98,7 +100,7 @@ class Sessions:
     def refusal(self, host: str) -> str | None:
         """Return the answer to a connection too many (RFC 5321, 3.8), None when it is welcome."""
         if self.stopping:
-            return "421 4.3.2 shutting down, try again later"
+            return _SHUTTING_DOWN
         if len(self.open) >= self._most or self._hosts[host] >= self._most_per_host:
             return "421 4.7.0 too many connections, try again later"
         return None
@@ -116,12 +118,20 @@ class Sessions:
             if not self._hosts[host]:
                 del self._hosts[host]
 
-    def close_idle(self) -> None:
-        """Say good-bye to every session that is not in the middle of a mail's DATA."""
+    async def finish(self, seconds: float) -> None:
+        """Turn away who is not in the middle of a mail's DATA, and after `seconds` who still sends.
+
+        Returns when nobody does; whoever got as far as the final dot may still wait for the answer.
+        """
         self.stopping = True
         for session in list(self.open):
             if not session.in_data:
-                session.turn_away("421 4.3.2 shutting down, try again later")
+                session.turn_away(_SHUTTING_DOWN)
+        if self.open:
+            await asyncio.wait([session.conversation for session in self.open], timeout=seconds)
+        for session in list(self.open):
+            if not session.answering:
+                session.turn_away(_SHUTTING_DOWN)
 
 
 class SmtpSession(SMTP):
@@ -155,7 +165,7 @@ class SmtpSession(SMTP):
         self._tail_kept = 0
         self._half_closed = False
         self.in_data = False
-        self._answering = False
+        self.answering = False
 
     def _create_envelope(self) -> MailEnvelope:
         return MailEnvelope()
@@ -183,6 +193,11 @@ class SmtpSession(SMTP):
             self._over.cancel()
         super().connection_lost(error)
 
+    @property
+    def conversation(self) -> asyncio.Task[None]:
+        """What ends with the session."""
+        return self._handler_coroutine
+
     def turn_away(self, answer: str) -> None:
         """Say one line and close, soon even if the peer does not read it."""
         if self.transport is not None and not self.transport.is_closing():
@@ -195,7 +210,7 @@ class SmtpSession(SMTP):
 
     def data_received(self, data: bytes) -> None:
         """Bound the memory and the time that a mail may take."""
-        if not self.in_data or self._answering:
+        if not self.in_data or self.answering:
             super().data_received(data)
             return
         self._received += len(data)
@@ -235,7 +250,7 @@ class SmtpSession(SMTP):
 
     def eof_received(self) -> bool | None:
         """Keep the way back open while an answer is being made; aiosmtpd would cancel its making."""
-        if self._answering:
+        if self.answering:
             self._half_closed = True
             return True
         return super().eof_received()
@@ -293,13 +308,13 @@ class SmtpSession(SMTP):
         self.in_data = True
         await super().smtp_DATA(arg)
         # After a fault `in_data` stays: handle_exception must know.
-        self.in_data = self._answering = False
+        self.in_data = self.answering = False
         if self._half_closed or self._sessions.stopping:
             self.turn_away("421 4.3.2 closing")
 
     def begin_answer(self) -> None:
         """Note that the final dot came: from now on a half-closed connection waits for its answer."""
-        self._answering = True
+        self.answering = True
         self._reset_timeout(max(ANSWER_TIME, self._timeout_duration))
 
     async def push(self, status: Any) -> None:

@@ -257,7 +257,7 @@ def _fitting(unit: Unit, sighting: Sighting) -> list[tuple[str, Attempt]]:
 
 
 def _bind_closed(unit: Unit, sighting: Sighting) -> tuple[Fate, str | None]:
-    """Bind what nobody owns to the closed doubt of the one fax that it fits (rule 3); else it stays parked."""
+    """Bind what nobody owns to the closed doubt of the one fax that it fits (rule 3), or leave it parked."""
     fitting = _fitting(unit, sighting)
     closed = [(fax_id, attempt) for fax_id, attempt in fitting if attempt.end in _CLOSED_DOUBT]
     if len({fax_id for fax_id, _ in closed}) != 1 or any(attempt.open for _, attempt in fitting):

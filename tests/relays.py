@@ -48,10 +48,10 @@ class TestRelay:
         self, server: Any, _session: Any, envelope: Any, address: str, _options: list[str]
     ) -> str:
         """Take or refuse a recipient."""
-        if (fault := self.refused.get(address)) is not None:
-            return await server.fault(fault)  # type: ignore[no-any-return]  # untyped library
-        envelope.rcpt_tos.append(address)
-        return "250 OK"
+        reply: str = await server.fault(self.refused.get(address, "250 OK"))
+        if reply.startswith("250"):
+            envelope.rcpt_tos.append(address)
+        return reply
 
     async def handle_DATA(self, server: Any, _session: Any, envelope: Any) -> str:  # noqa: N802 -- as above
         """Keep the mail, or not."""

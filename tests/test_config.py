@@ -1,8 +1,11 @@
 """The configuration: what an operator may write, what wins, and what a mistake is answered with."""
 
 import ipaddress
+import os
 import re
+import secrets
 import tomllib
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +170,24 @@ def test_environment_wins_over_the_file_and_credentials_over_both(file: Path, tm
     assert settings.telnyx.connection_id == "1232154810234", "what only the file has is still there"
 
 
+def test_one_section_may_come_from_everywhere(file: Path, tmp_path: Path) -> None:
+    """What the file says stays, key by key, beside what variables and credentials say of the same section."""
+    (tmp_path / "telnyx.public_key").write_text("A" * 42 + "E=", encoding="utf-8")
+    environ = {"CREDENTIALS_DIRECTORY": str(tmp_path), "FAX_GATEWAY_TELNYX__QUALITY": "very_high"}
+    telnyx = load(file, environ)[0].telnyx
+    assert (telnyx.public_key, telnyx.quality) == ("A" * 42 + "E=", "very_high")
+    assert (telnyx.connection_id, telnyx.channels) == ("1232154810234", 2)
+
+
+def test_nothing_else_is_read(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the environment that is given counts, and no file called .env that happens to lie about."""
+    monkeypatch.setenv("FAX_GATEWAY_TELNYX__CHANNELS", "7")
+    monkeypatch.setenv("FAX_GATEWAY_TELNIX__CHANNELS", "7")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("FAX_GATEWAY_TELNYX__CHANNELS=8\n", encoding="utf-8")
+    assert load(file, {})[0].telnyx.channels == 2
+
+
 def test_unreadable_credential_is_a_fault(file: Path, tmp_path: Path) -> None:
     """A broken credential is not passed over in favour of an older key."""
     (tmp_path / "telnyx.api_key").mkdir()
@@ -203,6 +224,8 @@ def test_other_values_in_the_environment(file: Path) -> None:
             "FAX_GATEWAY_SMTP__LISTEN": "[::1]:2525, 127.0.0.1:0",
             "FAX_GATEWAY_RETRIES__BUSY": "",
             "FAX_GATEWAY_DESTINATIONS__COUNTRIES": "[]",
+            "FAX_GATEWAY_HTTP__LISTEN": "192.0.2.1:8080",
+            "FAX_GATEWAY_REPLIES__RELAY": "smtps://mail.example.com",
         },
     )
     assert settings.telnyx.channels == 7
@@ -211,6 +234,8 @@ def test_other_values_in_the_environment(file: Path) -> None:
     assert settings.smtp.listen == (Endpoint("::1", 2525), Endpoint("127.0.0.1", 0))
     assert settings.retries.busy == ()
     assert settings.destinations.countries == ()
+    assert settings.http.listen == Endpoint("192.0.2.1", 8080)
+    assert settings.replies.relay == Relay("tls", "mail.example.com", 465)
 
 
 def test_wrong_variables(file: Path) -> None:
@@ -244,6 +269,42 @@ def test_missing_file_is_a_fault(tmp_path: Path) -> None:
     ]
 
 
+def test_usual_file_may_be_missing_where_variables_are_enough(file: Path, tmp_path: Path) -> None:
+    """A container needs no file; but whoever has neither is told of both."""
+    path = tmp_path / "none.toml"
+    environ = {
+        variable(f"{section}.{key}"): value
+        for section, keys in tomllib.loads(GOOD).items()
+        for key, value in keys.items()
+    }
+    assert load(path, environ, named=False) == load(file, {})
+    del environ["FAX_GATEWAY_TELNYX__FROM_NUMBER"]
+    with pytest.raises(ConfigurationError) as caught:
+        load(path, environ, named=False)
+    assert [str(fault) for fault in caught.value.faults] == [
+        'telnyx.from_number: is missing; put the fax number that you send from here, as in "+13127367276"',
+        f"there is no file {path}; create it or name another one",
+    ]
+
+
+def test_pipe_is_not_taken_for_an_empty_file() -> None:
+    """What a shell hands over by `<(…)` is not passed over in silence; the empty device is an empty file."""
+    read, write = os.pipe()
+    os.write(write, GOOD.encode())
+    os.close(write)
+    assert faults(Path(f"/dev/fd/{read}")) == [f"/dev/fd/{read} is a pipe or device; put it into a file"]
+    os.close(read)
+    assert len(faults(Path(os.devnull))) == 4
+
+
+def test_section_as_a_value_is_a_fault_even_where_a_variable_hides_it(file: Path) -> None:
+    """A file is wrong although something stronger makes up for it."""
+    file.write_text("smtp = 25\n" + GOOD, encoding="utf-8")
+    assert faults(file, {"FAX_GATEWAY_SMTP__TIMEOUT": "1m"}) == [
+        "smtp: is a section; write [smtp] and its keys below"
+    ]
+
+
 def test_file_that_cannot_be_read(tmp_path: Path) -> None:
     """A directory, or a file in another encoding, is told as what it is."""
     assert faults(tmp_path) == [f"{tmp_path} cannot be read: Is a directory"]
@@ -256,6 +317,17 @@ def test_secrets_are_never_shown(file: Path) -> None:
     """Settings can be printed or logged without giving a secret away."""
     settings, _ = load(extended(file, 'relay_user = "fax"', 'relay_password = "plantedsecret"'), {})
     assert "plantedsecret" not in f"{settings!r} {settings} {settings.telnyx} {settings.replies}"
+
+
+def test_secrets_are_not_in_the_trace_of_an_error(file: Path) -> None:
+    """A program that dies of its configuration leaves no secret in its log."""
+    secret = secrets.token_hex()
+    extended(file, f'relay_password = "{secret}"', f'relay = "smtp://user:{secret}@mail.example.com"')
+    environ = {"FAX_GATEWAY_TELNYX__API_KEY": f"the {secret}", "FAX_GATEWAY_RETRIES__LINE": f'["{secret}'}
+    with pytest.raises(ConfigurationError) as caught:
+        load(file, environ)
+    assert len(caught.value.faults) == 4
+    assert secret not in "".join(traceback.format_exception(caught.value))
 
 
 def test_settings_cannot_be_changed(file: Path) -> None:
