@@ -33,7 +33,8 @@ What those use
     database          threads and transactions; schema and migrations
 
 The ground
-    fax               what becomes of a fax: the one place that decides
+    fax               what becomes of a fax: the one place that decides; fax_wishes (operators),
+                      fax_steps (what the decisions share)
     schedule, doubt   when it is due next; whether the carrier took it
     records           what a fax is, and everything that can happen to it
     reasons           the failure reasons: class, retry plan, sentence

@@ -231,7 +231,7 @@ def _apply(config: Any, name: str, event: "Event") -> None:
 
 def _run(config: Any, ask: "Callable[[Store], Awaitable[T]]") -> T:
     from gateway.database import StoreError, WrongDatabase
-    from gateway.fax import Misfit
+    from gateway.fax_steps import Misfit
     from gateway.store_apply import UnknownFax
     from gateway.store_intake import NotRenewable
     from gateway.wiring import open_store

@@ -37,7 +37,7 @@ from faxes import (
     withdrawn,
 )
 
-from gateway.fax import Misfit
+from gateway.fax_steps import Misfit
 from gateway.records import (
     Alert,
     Blame,
@@ -153,6 +153,7 @@ def test_delivered_at_the_first_call() -> None:
     assert (walk.fax.state, walk.fax.due_at) == (State.SUBMITTING, walk.last.lease_until)
     walk.make(taken())
     assert walk.fax.due_at == walk.now + 120.0 + 90.0 * PAGES, "2 minutes, and 90 s a page"
+    assert (walk.last.stage, walk.last.taken_at, walk.last.changed_at) == (Stage.TAKEN, walk.now, walk.now)
     assert walk.effects == (Reached(Proof.TAKEN, FROM),)
     assert walk.make(said(Stage.CONVERTED)).effects == ()
     assert walk.make(said(Stage.DIALLED)).effects == (Reached(Proof.CALLED, FROM),)
@@ -173,6 +174,7 @@ def test_events_in_any_order() -> None:
     after = walk.make(delivered()).fax
     for stage in (Stage.TAKEN, Stage.SENDING, Stage.DELIVERED):
         assert walk.make(said(stage)).fax is after
+        assert walk.effects == ()
     assert walk.notices == [Notice.DELIVERED]
 
 

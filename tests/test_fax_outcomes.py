@@ -248,8 +248,11 @@ def test_report_of_a_failed_call_is_kept() -> None:
     walk.do(Reported("a1", Report(Stage.FAILED, False, 1, 33, "user_busy", "sip_486")), 40.0)
     call = walk.last
     assert (call.end, call.reason, call.internal_reason) == (End.FAILED, "user_busy", "sip_486")
-    assert (call.pages, call.duration, call.ended_at) == (1, 33, walk.now)
+    assert (call.pages, call.duration, call.ended_at, call.changed_at) == (1, 33, walk.now, walk.now)
     assert (call.blocking, call.slot, call.open) == (False, None, False)
+    ended = walk.fax
+    assert walk.make(failed("receiver_decline")).fax is ended, "and a later word about it takes nothing back"
+    assert walk.effects == ()
 
 
 # --- a failure without its reason (rule 5) ----------------------------------------------------------
@@ -370,8 +373,9 @@ def test_delay_is_told_once() -> None:
     """After four hours the sender hears that the fax is still being tried, and never again."""
     walk = Walk().fail("user_busy").make(TIME, 4 * HOUR - 63.0)
     assert walk.notices == []
-    walk.make(TIME, 1.0).make(TIME, 1.0).make(HOLD)
-    assert walk.notices == [Notice.DELAYED]
+    for _ in range(3):
+        assert walk.make(TIME, 1.0).notices == [Notice.DELAYED]
+    assert walk.make(HOLD).notices == [Notice.DELAYED]
 
 
 @pytest.mark.parametrize(
@@ -383,6 +387,7 @@ def test_delay_is_told_once() -> None:
         (Walk().fail("user_channel_limit_exceeded"), "user_channel_limit_exceeded"),
         (Walk().fail("user_busy").begin().make(not_taken()), "user_busy"),
         (at("held, contradiction"), "success"),
+        (Walk().fail("user_busy").call().make(TIME, STUCK + 1.0).make(RETRY_TWICE), "user_busy"),
     ],
 )
 def test_given_up_after_a_day(walk: Walk, reason: str) -> None:
@@ -449,3 +454,13 @@ def test_gone() -> None:
     assert (walk.notices, walk.effect(Alert) is not None) == ([Notice.DELAYED], True)
     assert walk.make(gone()).fax.due_at == walk.now + 900.0
     assert walk.effects == ()
+
+
+@pytest.mark.parametrize("wish", [RETRY_TWICE, RELEASE])
+def test_an_operator_gives_an_old_fax_new_time(wish: Maker) -> None:
+    """A doubt that an operator sends on after the fax's deadline is not given up at the next look."""
+    walk = Walk().begin().make(doubted()).make(unprovable())
+    walk.fax = older(walk.fax, 2 * DAY)
+    walk.make(wish)
+    assert walk.fax.give_up_at > walk.now
+    assert walk.make(TIME).fax.state is not State.FAILED

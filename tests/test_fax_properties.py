@@ -29,7 +29,8 @@ from faxes import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.fax import Misfit, Step, transition
+from gateway.fax import transition
+from gateway.fax_steps import Misfit, Step
 from gateway.records import (
     Begun,
     CancelAsked,
