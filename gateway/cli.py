@@ -43,13 +43,20 @@ Config = Annotated[
 ]
 
 
-@app.callback()
-def _top(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _tell_version(wanted: bool) -> None:  # noqa: FBT001 -- typer's form of a callback
+    if wanted:
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", is_eager=True, callback=_tell_version),
+    ] = False,
+) -> None:
+    del version  # told, and ended, before any command is looked for
 
 
 # --- the daemon and its settings -------------------------------------------------------------------
@@ -111,7 +118,10 @@ async def _check_online(settings: "Settings") -> int:
 
 @app.command()
 def health(config: Config = None) -> None:
-    """Ask the running daemon whether it is ready; exit code 0 or 1. For container health checks."""
+    """Ask the running daemon whether it is ready; exit code 0 or 1. For container health checks.
+
+    Example: fax-gateway health
+    """
     from urllib.error import URLError
     from urllib.request import urlopen
 
@@ -194,7 +204,6 @@ def send(
     import smtplib
     from email import policy
     from email.message import EmailMessage
-    from email.policy import SMTP
     from email.utils import formatdate, make_msgid
 
     settings, _ = load_settings(config)
@@ -208,17 +217,17 @@ def send(
     try:
         with smtplib.SMTP(endpoint.host, endpoint.port, timeout=60) as door:
             door.ehlo()
-            for answer in (
-                door.mail(sender),
-                door.rcpt(message["To"]),
-                door.data(message.as_bytes(policy=SMTP)),
-            ):
-                if answer[0] >= 400:  # noqa: PLR2004 -- RFC 5321, 4.2.1
-                    code = EX_DATAERR if answer[0] >= 500 else EX_TEMPFAIL  # noqa: PLR2004
-                    end(code, f"{answer[0]} {answer[1].decode(errors='replace')}")
-            typer.echo(answer[1].decode(errors="replace"))
+            code, text = door.mail(sender)
+            if code < 400:  # noqa: PLR2004 -- RFC 5321, 4.2.1
+                code, text = door.rcpt(message["To"])
+            if code < 400:  # noqa: PLR2004 -- as above
+                code, text = door.data(message.as_bytes())
     except (OSError, smtplib.SMTPException) as error:
         end(EX_TEMPFAIL, f"the gateway does not answer on {endpoint.host}:{endpoint.port}: {error}")
+    answer = text.decode(errors="replace")
+    if code >= 400:  # noqa: PLR2004 -- as above
+        end(EX_DATAERR if code >= 500 else EX_TEMPFAIL, f"{code} {answer}")  # noqa: PLR2004 -- as above
+    typer.echo(answer)
 
 
 @app.command()

@@ -15,6 +15,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,6 +53,7 @@ DRAIN_LIMIT = POST_LIMIT + 10.0
 _DATA_LIMIT = 20.0  # seconds that a stop waits for the final dots of mails that are coming in
 _ACCEPT_LIMIT = 35.0  # seconds that a stop waits for mails after their final dot
 _NOTICES_LIMIT = 15.0  # seconds that a stop waits for replies on their way to the relay
+_SPARE_THREADS = 16  # beside one for each call: for files, questions, replies
 _TICK_LIMIT = 180.0  # seconds without a turn after which a loop counts as dead
 
 
@@ -70,6 +72,9 @@ async def serve(settings: Settings, environ: Mapping[str, str]) -> None:
     """Run the gateway until it is told to stop."""
     supervisor = Supervisor(environ)
     stop = _stop_on_signal()
+    # A name server that does not answer keeps a thread for each look-up; mail must not wait for one of them.
+    threads = ThreadPoolExecutor(settings.telnyx.channels + _SPARE_THREADS)
+    asyncio.get_running_loop().set_default_executor(threads)
     async with contextlib.AsyncExitStack() as stack:
         bell, metrics = Bell(), Metrics()
         store = await stack.enter_async_context(_opened_store(settings, bell, metrics))
@@ -81,14 +86,15 @@ async def serve(settings: Settings, environ: Mapping[str, str]) -> None:
             log.warning(
                 "call_in_doubt", faxes=doubts, cause="the gateway stopped in the middle of these calls"
             )
-        dispatcher = _dispatcher(settings, store, carrier, metrics)
-        notices = _notices(settings, store, preparer, metrics, bell)
-        tasks = await stack.enter_async_context(_tasks(bell, dispatcher, notices))
         http = await stack.enter_async_context(
             _http(settings, store, carrier, metrics, ready=lambda: not stop.is_set())
         )
         door, sessions = _mail_door(settings, store, preparer, metrics)
         smtp = await stack.enter_async_context(_smtp(settings, door, sessions))
+        # After the doors: a start that fails for a port in use must not leave calls in doubt.
+        dispatcher = _dispatcher(settings, store, carrier, metrics)
+        notices = _notices(settings, store, preparer, metrics, bell)
+        tasks = await stack.enter_async_context(_tasks(bell, dispatcher, notices))
         doors = Doors(smtp, http)
         log.info("ready", smtp=list(doors.smtp), http=doors.http)
         supervisor.tell("READY=1", f"STATUS=mail on {', '.join(doors.smtp)}, HTTP on {doors.http}")

@@ -163,6 +163,7 @@ class SmtpSession(SMTP):
         self._skimming = False
         self._tail = b""
         self._tail_kept = 0
+        self._leaving = False
         self._half_closed = False
         self.in_data = False
         self.answering = False
@@ -198,18 +199,29 @@ class SmtpSession(SMTP):
         """What ends with the session."""
         return self._handler_coroutine
 
-    def turn_away(self, answer: str) -> None:
-        """Say one line and close, soon even if the peer does not read it."""
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.write(answer.encode() + b"\r\n")
+    def turn_away(self, answer: str, *, linger: bool = False) -> None:
+        """Say one line and close, soon even if the peer does not read it.
+
+        With `linger` what the peer still sends is dropped until it closes: a close with octets unread resets
+        the connection (RFC 1122, 4.2.2.13), and the peer may never see the line.
+        """
+        if self.transport is None or self.transport.is_closing() or self._leaving:
+            return
+        self.transport.write(answer.encode() + b"\r\n")
+        self._leaving = True
+        if linger:
+            self.transport.write_eof()
+        else:
             self.transport.close()
-            self.loop.call_later(_GRACE, self.transport.abort)
+        self.loop.call_later(_GRACE, self.transport.abort)
 
     def _timeout_cb(self) -> None:
         self.turn_away("421 4.4.2 nothing came for too long")
 
     def data_received(self, data: bytes) -> None:
         """Bound the memory and the time that a mail may take."""
+        if self._leaving:
+            return
         if not self.in_data or self.answering:
             super().data_received(data)
             return
@@ -219,7 +231,7 @@ class SmtpSession(SMTP):
         self._reset_timeout(max(0.001, min(self._timeout_duration, left)))
         if self._received > _PATIENCE * self.data_size_limit:
             self._log_too_large()
-            self.turn_away(self._too_large())
+            self.turn_away(self._too_large(), linger=True)
         elif self._skimming or self._received > self.data_size_limit + _MARGIN:
             self._skim(data)
         else:
@@ -250,7 +262,7 @@ class SmtpSession(SMTP):
 
     def eof_received(self) -> bool | None:
         """Keep the way back open while an answer is being made; aiosmtpd would cancel its making."""
-        if self.answering:
+        if self.answering and not self._leaving:
             self._half_closed = True
             return True
         return super().eof_received()
@@ -321,7 +333,8 @@ class SmtpSession(SMTP):
         """Write one answer, with its enhanced status code; it never becomes two lines."""
         if isinstance(status, str) and not status.startswith("250-"):
             status = self._worded(status).replace("\r", " ").replace("\n", " ")
-        await super().push(status)
+        if not self._leaving:
+            await super().push(status)
 
     def _worded(self, status: str) -> str:
         if status.startswith(("552 Error: Too much", "500 Line too long")):

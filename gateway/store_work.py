@@ -357,14 +357,17 @@ _ASK_SENDING = (
 
 
 def take_over(unit: Unit) -> int:
-    """Take over from a gateway that stopped: what it was about to send is in doubt; ask about the rest."""
+    """Take over from a gateway that stopped: what it was about to send is in doubt; ask about the rest.
+
+    Mails that wait for the relay are tried at once: whoever corrected its address restarts.
+    """
     ids = _ids(unit, _SUBMITTING, {})
     for fax_id in ids:
         attempt = load(unit.connection, fax_id).attempts[-1]
         apply(unit, fax_id, Doubted(attempt.id, "the gateway stopped"))
     unit.connection.execute(_ASK_ALL)
     unit.connection.execute(_ASK_SENDING, {"at": unit.now})
-    unit.connection.execute(s.outbox.update().where(PENDING).values(lease_until=0.0))
+    unit.connection.execute(s.outbox.update().where(PENDING).values(lease_until=0.0, due_at=unit.now))
     return len(ids)
 
 

@@ -13,6 +13,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from gateway.carrier import Carrier, CarrierEvent, Forged, Malformed
 from gateway.database import StoreError
@@ -25,6 +26,8 @@ LARGEST_EVENT = 256 * 1024  # octets; the carrier's are below 2 KB
 BODY_LIMIT = 10.0  # seconds for a body to arrive: the carrier gives up after 2
 CONNECTION_LIMIT = 60.0  # seconds after which a connection ends, once its request is answered
 MOST_CONNECTIONS = 500
+KEEPALIVE = 15.0  # seconds that a connection may wait for its next request
+_NAME = "fax"
 
 log = get_logger()
 
@@ -151,7 +154,7 @@ class Doorway:
 
 async def _say_little(_request: web.Request, response: web.StreamResponse) -> None:
     """Keep names and versions of ours out of answers to strangers."""
-    response.headers["Server"] = "fax"
+    response.headers["Server"] = _NAME
 
 
 def connection_factory(server: web.Server) -> Callable[[], asyncio.Protocol]:
@@ -163,11 +166,38 @@ def connection_factory(server: web.Server) -> Callable[[], asyncio.Protocol]:
     def make() -> asyncio.Protocol:
         if len(server.connections) >= MOST_CONNECTIONS:
             return _Closed()
-        handler = server()
-        asyncio.get_running_loop().call_later(CONNECTION_LIMIT, handler.close)
+        loop = asyncio.get_running_loop()
+        handler = _Connection(server, loop=loop, keepalive_timeout=KEEPALIVE)
+        loop.call_later(CONNECTION_LIMIT, handler.close)
         return handler
 
     return make
+
+
+class _Connection(web.RequestHandler):
+    """aiohttp's conversation, discreet about what is no HTTP.
+
+    aiohttp would answer that with its own and Python's version, and log its octets, which may be a document.
+    """
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if isinstance(exc, HttpProcessingError):
+            log.warning("webhook_refused", peer=request.remote, answer=status, cause="not HTTP")
+        response = super().handle_error(request, status, exc, message)
+        response.headers["Server"] = _NAME
+        return response
+
+    def log_exception(self, *args: object, **how: object) -> None:
+        if not isinstance(how.get("exc_info"), HttpProcessingError):
+            super().log_exception(*args, **how)
 
 
 class _Closed(asyncio.Protocol):

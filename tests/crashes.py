@@ -1,18 +1,17 @@
-"""The stages of a fax's way at which a test ends the gateway, reached without any help from the gateway.
+"""A world that can be made to stand still, so that the gateway can be ended at a moment of one's choice.
 
-The carrier stands still inside a request, the relay before an answer, the client in the middle of its mail;
-somebody else locks the store. A stage is a context: entered once the moment is there, left to let the world
-move on, be the gateway dead by then or about to stop.
+Nothing in the gateway helps: the carrier halts inside a request, the relay before an answer, the client in
+the middle of its mail; somebody else locks the store. `stages` has the moments.
 """
 
 import asyncio
 import contextlib
 import email.policy
 import itertools
-import secrets
+import signal
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from email.message import EmailMessage
 from pathlib import Path
@@ -21,8 +20,6 @@ from typing import Any
 from aiosmtpd.smtp import SMTP, Envelope
 from aiosmtpd.smtp import Session as Peer
 from harness import FINAL, PATIENCE, SENDER, Mailbox, World, letter, numbers, until, world
-from papers import blank, saved
-from pikepdf import Dictionary, Name
 
 Here = Callable[[str, Mapping[str, Any]], bool]
 """Whether a step of the sandbox, by its name and what is told of it, is where to stand still."""
@@ -62,9 +59,10 @@ def _open_gate() -> Gate:
 
 @dataclass
 class HaltingMailbox(Mailbox):
-    """A relay that stands still at a moment: "rcpt" (not answered), "data" (354 said), "dot" (the mail is kept,
-    250 not said).
-    """  # fmt: skip
+    """A relay that stands still where a gate is shut.
+
+    The gates are "rcpt" (not answered yet), "data" (354 said) and "dot" (the mail is kept, 250 not said).
+    """
 
     gates: dict[str, Gate] = field(default_factory=lambda: {name: _open_gate() for name in MAILBOX_MOMENTS})
 
@@ -90,10 +88,10 @@ class HaltingMailbox(Mailbox):
         self.port = self._server.sockets[0].getsockname()[1]
 
 
-class _HaltingSession(SMTP):  # type: ignore[misc]  # aiosmtpd is not typed
+class _HaltingSession(SMTP):
     """A session that stands still once it has said 354."""
 
-    async def push(self, status: str) -> None:
+    async def push(self, status: Any) -> None:
         await super().push(status)
         if status.startswith("354"):
             await self.event_handler.gates["data"].hold()
@@ -159,25 +157,6 @@ def rows(database: Path, query: str) -> list[tuple[Any, ...]]:
         return connection.execute(query).fetchall()
 
 
-def large_letter(number: str) -> EmailMessage:
-    """Make a mail with 3 MB that no compression makes smaller: more than the sockets' buffers take in."""
-    with blank(1) as pdf:
-        width, height = 2000, 1500
-        picture = pdf.make_stream(
-            secrets.token_bytes(width * height),
-            {
-                "/Type": Name.XObject, "/Subtype": Name.Image, "/Width": width, "/Height": height,
-                "/ColorSpace": Name.DeviceGray, "/BitsPerComponent": 8,
-            },
-        )  # fmt: skip
-        pdf.pages[0].obj.Resources.XObject = Dictionary(P=picture)
-        document = saved(pdf)
-    message = letter(number)
-    message.clear_content()
-    message.add_attachment(document, maintype="application", subtype="pdf", filename="large.pdf")
-    return message
-
-
 # --- one mail on its way -------------------------------------------------------------------------------
 
 
@@ -202,7 +181,7 @@ class Scene:
 
     def __post_init__(self) -> None:
         """Listen to the carrier's steps from now on, and to nothing that was said before."""
-        self.world.carrier.on_step = self._step
+        self.world.on_step = self._step
         self.world.gateway.log.clear()
         self._faxes = len(rows(self.store, "SELECT id FROM faxes"))
         self._mails = len(self.relay.mails)
@@ -274,9 +253,20 @@ class Scene:
         self._up = Gate()
         await self.world.gateway.kill()
 
-    async def terminate(self) -> None:
+    async def end_starting(self, number: signal.Signals, moment: Callable[[], Any]) -> int:
+        """Start the gateway, send it a signal as soon as `moment` finds something, return its exit code."""
+        gateway = self.world.gateway
+        gateway.log.clear()
+        start = asyncio.create_task(gateway.start())
+        await until(moment, "a moment of the start")
+        code = await gateway._end(number)
+        await asyncio.gather(start, return_exceptions=True)  # it complains of a start without an end
+        return code
+
+    async def terminate(self, *, carrier_waits: bool = True) -> None:
         """Tell the gateway to stop, and return when it has begun to."""
-        self._up = Gate()
+        if carrier_waits:
+            self._up = Gate()
         self._exit = asyncio.create_task(self.world.gateway.stop())
         await self.logged("stopping")
 
@@ -353,7 +343,7 @@ class Theatre:
         relay = HaltingMailbox()
         await relay.open()
         self._stack.push_async_callback(relay.close)
-        sections = {name: dict(section) for name, section in self._sections.items()}
+        sections: dict[str, Any] = dict(self._sections)
         sections["replies"] = {"relay": f"smtp://127.0.0.1:{relay.port}"}
         opened = await self._stack.enter_async_context(world(folder, **sections))
         return opened, relay, folder / "gateway.db"
@@ -370,216 +360,3 @@ async def theatre(folder: Path, **sections: dict[str, Any]) -> AsyncIterator[The
 
     async with contextlib.AsyncExitStack() as stack:
         yield Theatre(stack, folders(), **sections)
-
-
-# --- the stages ----------------------------------------------------------------------------------------
-
-Stage = Callable[[Scene], AbstractAsyncContextManager[None]]
-
-
-@asynccontextmanager
-async def amid_data(s: Scene) -> AsyncIterator[None]:
-    """The client has sent half of its mail."""
-    client = await s.client()
-    half = len(s.data) // 2
-    await client.send(s.data[:half])
-    yield
-    await client.send(s.data[half:])
-    await s.hear(client)
-
-
-@asynccontextmanager
-async def after_final_dot(s: Scene) -> AsyncIterator[None]:
-    """The gateway has the whole mail, and cannot commit it."""
-    client = await s.client()
-    with locked(s.store):
-        await client.send(s.data)
-        await until(lambda: any((s.store.parent / "incoming").iterdir()), "the mail to be examined")
-        yield
-    await s.hear(client)
-
-
-@asynccontextmanager
-async def amid_chunks(s: Scene) -> AsyncIterator[None]:
-    """Parts of a large document are in the store."""
-    s.message = large_letter(*s.numbers)
-    client = await s.client()
-    sending = asyncio.create_task(client.send(s.data))
-    count, before = (
-        "SELECT count(*) FROM document_chunks",
-        rows(s.store, "SELECT count(*) FROM document_chunks"),
-    )
-    await until(lambda: rows(s.store, count) != before, "a part of the document to be stored")
-    yield
-    await sending
-    await s.hear(client)
-
-
-@asynccontextmanager
-async def before_250_arrives(s: Scene) -> AsyncIterator[None]:
-    """The mail is committed, and its client never hears of it."""
-    client = await s.client()
-    await client.send(s.data)
-    await s.logged("mail_accepted")
-    yield
-    client.close()
-
-
-@asynccontextmanager
-async def after_250(s: Scene) -> AsyncIterator[None]:
-    """The client was told 250 a moment ago."""
-    await s.mail()
-    yield
-
-
-def at_carrier(step: str, *behaviours: str) -> Stage:
-    """Return the stage where the POST of the fax has come as far as `step` of the sandbox."""
-
-    @asynccontextmanager
-    async def stage(s: Scene) -> AsyncIterator[None]:
-        if behaviours:
-            s.world.carrier.set_script({s.numbers[0]: behaviours})
-        gate = s.hold(lambda name, told: name == step and told.get("method", "POST") == "POST")
-        await s.mail()
-        await gate.reached()
-        yield
-        gate.open()
-
-    return stage
-
-
-@asynccontextmanager
-async def amid_post(s: Scene) -> AsyncIterator[None]:
-    """The carrier has the headers and the first part of a large document."""
-    s.message = large_letter(*s.numbers)
-    async with at_carrier("request")(s):
-        yield
-
-
-@asynccontextmanager
-async def before_202_is_recorded(s: Scene) -> AsyncIterator[None]:
-    """The carrier's id has arrived, and cannot be written down."""
-    gate = s.hold(lambda name, _told: name == "accepted")
-    await s.mail()
-    await gate.reached()
-    with locked(s.store):
-        gate.open()
-        await s.logged("call_taken")
-        yield
-
-
-def before_webhook(event_type: str) -> Stage:
-    """Return the stage where the call is under way and this event is the next to come."""
-
-    @asynccontextmanager
-    async def stage(s: Scene) -> AsyncIterator[None]:
-        gate = s.hold(lambda name, told: name == "webhook" and told["event"]["event_type"] == event_type)
-        await s.mail()
-        await gate.reached()
-        await s.in_state("sending")
-        yield
-        gate.open()
-
-    return stage
-
-
-@asynccontextmanager
-async def webhooks_lost(s: Scene) -> AsyncIterator[None]:
-    """The call is under way, and no event will ever tell how it ends."""
-    s.world.carrier.set_script({s.numbers[0]: "webhooks-lost"})
-    s.behaviours = ("webhooks-lost",)
-    await s.mail()
-    await s.in_state("sending")
-    yield
-
-
-@asynccontextmanager
-async def before_200_arrives(s: Scene) -> AsyncIterator[None]:
-    """The gateway has answered the final event, and the carrier does not hear it: it will send it again."""
-    gate, gateway = Gate(), s.world.gateway
-
-    async def wire(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError), contextlib.closing(writer):
-            request = await reader.readuntil(b"\r\n\r\n")
-            length = email.message_from_bytes(request.partition(b"\r\n")[2])["Content-Length"]
-            request += await reader.readexactly(int(length))
-            inward, outward = await asyncio.open_connection("127.0.0.1", gateway.http_port)
-            with contextlib.closing(outward):
-                outward.write(request)
-                answer = await inward.readuntil(b"\r\n\r\n")
-                if b'"fax.delivered"' in request:
-                    assert answer.startswith(b"HTTP/1.1 200")
-                    await gate.hold()
-                writer.write(answer)
-
-    async with await asyncio.start_server(wire, "127.0.0.1", 0) as server:
-        port = server.sockets[0].getsockname()[1]
-        s.world.carrier.set_webhook_url(f"http://127.0.0.1:{port}/webhooks/telnyx")
-        await s.mail()
-        await gate.reached()
-        yield
-        s.world.carrier.set_webhook_url(gateway.webhook_url)
-
-
-def at_relay(moment: str) -> Stage:
-    """Return the stage where the reply has come as far as this moment of the relay."""
-
-    @asynccontextmanager
-    async def stage(s: Scene) -> AsyncIterator[None]:
-        gate = s.relay.gates[moment] = Gate()
-        await s.mail()
-        await gate.reached()
-        yield
-        gate.open()
-
-    return stage
-
-
-@asynccontextmanager
-async def before_reply_is_recorded(s: Scene) -> AsyncIterator[None]:
-    """The relay has taken the reply, and that cannot be written down."""
-    gate = s.relay.gates["dot"] = Gate()
-    await s.mail()
-    await gate.reached()
-    with locked(s.store):
-        gate.open()
-        await s.logged("reply_sent")
-        yield
-
-
-@asynccontextmanager
-async def awaiting_retry(s: Scene) -> AsyncIterator[None]:
-    """The line was busy; the next call is a little later."""
-    s.behaviours = ("user_busy", "delivered")
-    s.world.carrier.set_script({s.numbers[0]: s.behaviours})
-    await s.mail()
-    await s.logged("fax_requeued", reason="user_busy")
-    yield
-
-
-def in_doubt(behaviour: str, *in_the_end: str) -> Stage:
-    """Return the stage where the answer to a POST is missing."""
-
-    @asynccontextmanager
-    async def stage(s: Scene) -> AsyncIterator[None]:
-        s.behaviours = in_the_end
-        s.world.carrier.set_script({s.numbers[0]: (behaviour, "delivered")})
-        gate = s.hold(lambda name, _told: name == "webhook")
-        await s.mail()
-        await s.logged("call_in_doubt")
-        yield
-        gate.open()
-
-    return stage
-
-
-@asynccontextmanager
-async def on_hold(s: Scene) -> AsyncIterator[None]:
-    """The account is out of funds; whoever pays says `release --all`."""
-    s.alerts = frozenset({"account_held"})
-    s.world.carrier.set_account("402")
-    await s.mail()
-    await s.logged("account_held")
-    yield
-    s.world.carrier.set_account("ok")
-    s.afterwards = lambda: s.world.gateway.run("release", "--all")

@@ -157,6 +157,7 @@ class Gateway:
         self.http_port = int(ready[0]["http"].rpartition(":")[2])
         self.settings["smtp"]["listen"] = f"127.0.0.1:{self.smtp_port}"
         self.settings["http"]["listen"] = f"127.0.0.1:{self.http_port}"
+        self.write_config()  # for the operators' commands, too
 
     def _environment(self) -> dict[str, str]:
         wanted = ("PATH", "HOME", "COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG", "COVERAGE_FILE")

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 from typing import Any
 
 import pikepdf
@@ -39,6 +40,13 @@ def saved(pdf: pikepdf.Pdf, **how: Any) -> bytes:
 def paper(pages: int = 1, *, size: tuple[int, int] = (612, 792), text: str = "page") -> bytes:
     """Return a healthy PDF whose n-th page says "`text` n"."""
     return saved(blank(pages, size, text))
+
+
+def heavy(octets: int) -> bytes:
+    """Return a one-page PDF that holds so many octets which nobody can compress, and little else."""
+    pdf = blank(1)
+    pdf.pages[0].obj.Noise = pdf.make_stream(os.urandom(octets))
+    return saved(pdf, compress_streams=False, stream_decode_level=pikepdf.StreamDecodeLevel.none)
 
 
 def locked(user: str = "", owner: str = "owner", pages: int = 1) -> bytes:

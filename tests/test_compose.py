@@ -8,7 +8,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from faxes import CANCEL, NOW, NUMBER, SITUATIONS, Walk, at, delivered, doubted, failed, said, unprovable
+from faxes import (
+    CANCEL,
+    NOW,
+    NUMBER,
+    SITUATIONS,
+    Walk,
+    at,
+    delivered,
+    doubted,
+    failed,
+    not_taken,
+    said,
+    unprovable,
+)
 from letters import LATER, LETTERHEAD, MAIL, PNG, alert, notice, read, text_of, write
 
 from gateway import reasons
@@ -219,6 +232,12 @@ def test_delay_by_our_account_is_not_blamed_on_the_recipient(reason: str) -> Non
     assert "for a cause on our side" in text
 
 
+def test_delay_by_a_carrier_without_room_is_not_blamed_on_the_recipient() -> None:
+    """A busy line first, then a carrier that takes nothing: the delay is told as it is now."""
+    fax = Walk().fail("user_busy").begin(200.0).make(not_taken()).fax
+    assert "for a cause on our side" in text_of(write(notice(Notice.DELAYED, fax)))
+
+
 @pytest.mark.parametrize("situation", ["in doubt", "sending", "held, stuck"])
 def test_delay_with_an_open_call_promises_no_time(situation: str) -> None:
     """While a call is open, pages may have arrived, and no deadline ends the fax."""
@@ -234,6 +253,14 @@ def test_call_of_unknown_end_is_said_to_have_left_pages() -> None:
     fax = replace(walk.fax, state=State.FAILED, reason="user_busy", attempts=attempts)
     text = text_of(write(notice(Notice.FAILED, fax)))
     assert "may have arrived all the same. Please ask the recipient before you send it again." in text
+
+
+def test_pages_of_a_failed_call_are_not_kept_back() -> None:
+    """A call that failed after its first page is told as one that may have left it there."""
+    fax = at("failed").fax
+    assert "may have arrived" not in text_of(write(notice(Notice.FAILED, fax)))
+    fax = replace(fax, attempts=(replace(fax.attempts[0], pages=1),))
+    assert "may have arrived" in text_of(write(notice(Notice.FAILED, fax)))
 
 
 def test_many_calls_are_cut() -> None:

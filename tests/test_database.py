@@ -225,21 +225,21 @@ async def test_the_news_of_another_process_comes_within_a_second(tmp_path: Path)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 async def test_nobody_waits_for_a_thread_that_ended(tmp_path: Path) -> None:
     """Should a fault ever end the writer, whoever asks hears that the store is away, and need not wait."""
+    waited_for = threading.Event()
 
     def fault() -> None:
+        assert waited_for.wait(30)
         raise RuntimeError("a fault of ours")
 
     database = Database(sqlite_url(tmp_path), fault)
     database.open(serve=True)
-    step = "INSERT INTO turns VALUES ('', 1) ON CONFLICT DO UPDATE SET turn = 1 RETURNING 1"
-    units = [database.write(number_of(step))]
-    await units[0]  # answered before the news; the next ones may or may not get into the queue
-    with contextlib.suppress(StoreUnavailable):
-        while True:
-            units.append(database.write(number_of(step)))
-            await asyncio.sleep(0)
-    for outcome in await asyncio.wait_for(asyncio.gather(*units, return_exceptions=True), 30):
-        assert outcome == 1 or isinstance(outcome, StoreUnavailable)
+    await database.write(statement("INSERT INTO turns VALUES ('somebody', 1)"))  # answered before the news
+    units = [database.write(number_of("SELECT 1")) for _ in range(3)]
+    waited_for.set()
+    outcomes = await asyncio.wait_for(asyncio.gather(*units, return_exceptions=True), 30)
+    assert [str(outcome) for outcome in outcomes] == ["the store's thread ended"] * 3
+    with pytest.raises(StoreUnavailable, match="closed"):
+        database.read(number_of("SELECT 1"))
     await asyncio.to_thread(database.close)
 
 
@@ -330,6 +330,15 @@ def test_a_damaged_file_is_named(tmp_path: Path, keep: int) -> None:
         WrongDatabase, match=r"gateway\.db cannot be used: (file is not a|database disk image)"
     ):
         Database(sqlite_url(tmp_path)).open(serve=True)
+
+
+def test_a_folder_is_no_database(tmp_path: Path) -> None:
+    """Who names a folder instead of a file is told so, and the folder stays as it was."""
+    folder = tmp_path / "gateway.db"
+    folder.mkdir(mode=0o755)
+    with pytest.raises(WrongDatabase, match=r"gateway\.db cannot be used: unable to open"):
+        Database(sqlite_url(tmp_path)).open(serve=True)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

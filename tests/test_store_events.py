@@ -73,6 +73,8 @@ async def test_an_event_before_the_answer_waits_for_it(store: TriedStore) -> Non
     assert (await store.taken(fax, "c1")).state is State.DELIVERED
     assert events_of(store.changes) == ["Taken", "Reported", "Reported"]
     assert (await store.count()).parked == 0
+    await store.taken(fax, "c1")  # said twice, it does not happen twice
+    assert events_of(store.changes) == ["Taken", "Reported", "Reported"]
     assert await store.mail_out() == [f"{fax.id}.delivered"]
 
 

@@ -250,6 +250,9 @@ async def test_a_restart_doubts_what_was_being_sent(store: TriedStore) -> None:
     assert await store.take_over() == 1
     assert (await store.fax(fax.id)).state is State.IN_DOUBT
     assert await store.take_over() == 0
+    (mail,) = await store.claim_notices(9)
+    assert await store.notice_deferred(mail.id, mail.fence, store.clock.now + DAY, "wrong address")
+    await store.take_over()  # with the relay's address corrected
     assert len(await store.claim_notices(9)) == 1
     assert [asked.number for asked in await store.claim_questions(9)] == [OTHER]
 

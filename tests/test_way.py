@@ -4,15 +4,13 @@ import asyncio
 import email.policy
 import hashlib
 import itertools
-import os
 import smtplib
 from collections.abc import AsyncIterator
 
-import pikepdf
 import pytest
 import pytest_asyncio
 from harness import POSTMASTER, SENDER, World, letter, numbers, until, words, world
-from papers import blank, paper, saved
+from papers import heavy, paper
 
 from gateway.sandbox_exchange import LedgerEntry
 
@@ -186,9 +184,7 @@ async def test_several_pdfs_are_one_fax_in_their_order(w: World) -> None:
 async def test_a_fax_of_twenty_megabytes_arrives_unchanged(w: World) -> None:
     """A document of the greatest size goes the whole way, octet for octet, and others are not held up."""
     number, other = next(FREE), next(FREE)
-    pdf = blank(1)
-    pdf.pages[0].obj.Noise = pdf.make_stream(os.urandom(19_900_000))
-    data = saved(pdf, compress_streams=False, stream_decode_level=pikepdf.StreamDecodeLevel.none)
+    data = heavy(19_900_000)
     assert 19_900_000 < len(data) <= 20_000_000
     message = letter(number, document=data)
     large, small = await asyncio.gather(w.mail(number, message=message), w.mail(other))

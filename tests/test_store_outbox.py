@@ -1,0 +1,133 @@
+"""Mail out: each mail to one sender at a time, kept until it is taken or given up, alerts once a day."""
+
+import asyncio
+
+import stores
+from faxes import DAY, NOW, NUMBER
+from stores import POSTMASTER, SENDER, TriedStore, reported
+
+from gateway.records import Alert, HoldAsked, Notice, ReceivedMail, Stage
+from gateway.store_intake import Submission
+from gateway.store_outbox import NOTICE_LEASE
+
+store = stores.store
+
+
+async def test_a_reply_brings_what_is_needed_to_write_it(store: TriedStore) -> None:
+    """Who composes the reply gets the fax as it ended and the mail that it came in."""
+    fax = await store.called(message_id="<a@b>")
+    await store.webhook(reported("c1", Stage.DELIVERED))
+    (entry,) = await store.claim_notices(10)
+    assert (entry.id, entry.recipient, entry.notice) == (f"{fax.id}.delivered", SENDER, Notice.DELIVERED)
+    assert (entry.queued_at, entry.tries) == (NOW, 0)
+    assert entry.fax == await store.fax(fax.id)
+    assert entry.mail == (await store.show(fax.id)).mail
+    assert entry.mail.message_id == "<a@b>"
+    assert entry.mail.original_headers == b"Subject: An order\r\n"
+    assert (entry.alert, entry.forward, entry.cause) == (None, None, None)
+
+
+async def test_a_mail_has_one_sender_at_a_time(store: TriedStore) -> None:
+    """Two gateways never send the same reply at once; if one dies, the other takes over after the lease."""
+    await store.alert(Alert("call_stuck", "A call."))
+    claims = await asyncio.gather(*(store.claim_notices(10) for _ in range(5)))
+    assert sorted(len(claim) for claim in claims) == [0, 0, 0, 0, 1]
+    store.clock.now += NOTICE_LEASE - 1
+    assert await store.claim_notices(10) == []
+    store.clock.now += 1
+    assert len(await store.claim_notices(10)) == 1
+
+
+async def test_who_lost_the_lease_records_nothing(store: TriedStore) -> None:
+    """A sender that slept cannot overwrite what its successor found out."""
+    await store.alert(Alert("call_stuck", "A call."))
+    (old,) = await store.claim_notices(10)
+    store.clock.now += NOTICE_LEASE
+    (new,) = await store.claim_notices(10)
+    assert (old.id, old.fence + 1) == (new.id, new.fence)
+    assert not await store.notice_sent(old.id, old.fence)
+    assert not await store.notice_deferred(old.id, old.fence, NOW, "451")
+    assert not await store.notice_given_up(old.id, old.fence, "550")
+    assert await store.notice_sent(new.id, new.fence)
+    assert not await store.notice_given_up(new.id, new.fence, "550"), "what is sent is sent"
+
+
+async def test_a_deferred_mail_comes_back_when_it_is_due(store: TriedStore) -> None:
+    """While the relay is away, a reply waits and is tried again, and counts its tries."""
+    fax = await store.queued()
+    await store.apply(fax.id, HoldAsked())
+    for tries in range(3):
+        (entry,) = await store.claim_notices(10)
+        assert entry.tries == tries
+        assert await store.notice_deferred(entry.id, entry.fence, store.clock.now + 900, "the relay is away")
+        assert (await store.show(fax.id)).replies == (("delayed", "waiting: the relay is away"),)
+        store.clock.now += 899
+        assert await store.claim_notices(10) == []
+        store.clock.now += 1
+    assert (await store.count()).outbox == 1
+
+
+async def test_the_longest_due_goes_first(store: TriedStore) -> None:
+    """No mail is overtaken for ever by newer ones."""
+    for cause in ("c", "a", "b"):
+        await store.alert(Alert(cause, "text"))
+        store.clock.now += 1
+    assert [entry.cause for entry in await store.claim_notices(2)] == ["c", "a"]
+    assert [entry.cause for entry in await store.claim_notices(2)] == ["b"]
+
+
+async def test_a_reply_given_up_is_told_once_a_day(store: TriedStore) -> None:
+    """When replies cannot be delivered for days, the postmaster hears once each day, not of his own mail."""
+    faxes = [await store.queued(number) for number in stores.numbers(3)]
+    for fax in faxes:
+        await store.apply(fax.id, HoldAsked())
+    for entry in await store.claim_notices(10):
+        assert await store.notice_given_up(entry.id, entry.fence, "the relay refuses it")
+    (alert,) = await store.claim_notices(10)
+    assert (alert.recipient, alert.cause) == (POSTMASTER, "reply_given_up")
+    assert alert.alert is not None
+    assert "could not be handed over: the relay refuses it" in alert.alert
+    assert await store.notice_given_up(alert.id, alert.fence, "nor this")
+    assert await store.claim_notices(10) == []
+    for fax in faxes:
+        assert (await store.show(fax.id)).replies == (("delayed", "given up: the relay refuses it"),)
+
+
+async def test_an_alert_is_one_mail_for_each_cause_and_day(store: TriedStore) -> None:
+    """A thousand stuck calls are one mail; the next day (UTC) there is another."""
+    for _ in range(2):
+        for cause, text in (("call_stuck", "first"), ("call_stuck", "second"), ("fax_held", "other")):
+            await store.alert(Alert(cause, text))
+        entries = await store.claim_notices(10)
+        told = [(entry.cause, entry.alert) for entry in entries]
+        assert told == [("call_stuck", "first"), ("fax_held", "other")]
+        assert await store.mail_out() == []
+        store.clock.now += DAY / 2 - 1  # 23:59:59
+        await store.alert(Alert("call_stuck", "third"))
+        assert (await store.count()).outbox == 2
+        for entry in entries:
+            assert await store.notice_sent(entry.id, entry.fence)
+        store.clock.now += DAY / 2 + 1  # noon
+
+
+async def test_what_was_handed_over_is_not_kept(store: TriedStore) -> None:
+    """The text of a mail that went to the postmaster does not stay in the database, sent or given up."""
+    for _ in range(2):
+        mail = ReceivedMail(id="", sender="x@example.com", received_at=NOW)
+        await store.accept(Submission(mail, "", (), forward=b"a private matter"), DAY)
+        store.clock.now += 1
+    first, second = await store.claim_notices(10)
+    assert await store.rows("SELECT count(*) FROM outbox WHERE payload IS NOT NULL") == [(2,)]
+    assert await store.notice_sent(first.id, first.fence)
+    assert await store.notice_given_up(second.id, second.fence, "refused")
+    assert await store.rows("SELECT id FROM outbox WHERE payload = :it", it=b"a private matter") == []
+
+
+async def test_exactly_one_final_reply(store: TriedStore) -> None:
+    """However often the end is reported, the sender gets one mail about it."""
+    fax = await store.called(number=NUMBER)
+    for n in range(3):
+        await store.webhook(reported("c1", Stage.DELIVERED, id=f"e{n}"))
+    assert (await store.show(fax.id)).replies == (("delivered", "waiting"),)
+    assert await store.mail_out() == [f"{fax.id}.delivered"]
+    assert (await store.show(fax.id)).replies == (("delivered", "sent"),)
