@@ -86,6 +86,14 @@ class Policy:
         if not any(peer in network for network in self.sender_networks):
             raise Refusal(550, "5.7.1", _CLIENT, "the network is not in senders.networks")
 
+    def knows_client(self, address: str) -> bool:
+        """Tell whether the peer is in one of the networks that may send."""
+        try:
+            self.permit_client(address)
+        except Refusal:
+            return False
+        return True
+
     def permit_sender(self, envelope_from: str) -> None:
         """Raise `Refusal` unless the envelope sender may send faxes; the null sender never may."""
         if envelope_from in {"", "<>"}:

@@ -10,36 +10,44 @@ Fails: never.
 
 import asyncio
 import contextlib
+import time
 
 
 class Bell:
     """One ringer, any number of listeners; all in one event loop."""
 
     def __init__(self) -> None:
-        self._listeners: list[asyncio.Event] = []
+        self._listeners: list[Listener] = []
 
     def ring(self) -> None:
         """Wake everyone. From another thread: `loop.call_soon_threadsafe(bell.ring)`."""
         for listener in self._listeners:
-            listener.set()
+            listener.event.set()
 
     def listener(self) -> "Listener":
         """Return a new listener."""
-        event = asyncio.Event()
-        self._listeners.append(event)
-        return Listener(event)
+        listener = Listener()
+        self._listeners.append(listener)
+        return listener
+
+    def longest_turn(self) -> float:
+        """Return how long the loop that is away longest has not come round, in seconds; for the watchdog."""
+        return max((time.monotonic() - one.came_round for one in self._listeners), default=0.0)
 
 
 class Listener:
     """What one loop waits with."""
 
-    def __init__(self, event: asyncio.Event) -> None:
-        self._event = event
+    def __init__(self) -> None:
+        self.event = asyncio.Event()
+        self.came_round = time.monotonic()
 
     async def wait(self, timeout: float) -> None:  # noqa: ASYNC109 -- running out is the normal case here
         """Return when the bell rang, or rang since the last wait, or after `timeout` seconds."""
+        self.came_round = time.monotonic()
         # Not `wait_for`: before Python 3.12 it forgets a cancellation that comes together with the ring.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
-                await self._event.wait()
-        self._event.clear()
+                await self.event.wait()
+        self.event.clear()
+        self.came_round = time.monotonic()

@@ -125,7 +125,7 @@ def health(config: Config = None) -> None:
     from urllib.error import URLError
     from urllib.request import urlopen
 
-    settings, _ = load_settings(config)
+    settings, _ = load_settings(config, secrets=False)
     host, port = settings.http.listen.host, settings.http.listen.port
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 -- asked, not bound
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/readyz"
@@ -206,11 +206,15 @@ def send(
     from email.message import EmailMessage
     from email.utils import formatdate, make_msgid
 
-    settings, _ = load_settings(config)
+    settings, _ = load_settings(config, secrets=False)
     message = EmailMessage(policy.SMTP)  # lines end with CRLF; without, a document would be one long line
-    message["From"], message["To"] = sender, f"{to}@{settings.smtp.domains[0]}"
+    domain = settings.smtp.domains[0]
+    if not to.isprintable() or '"' in to:
+        end(EX_USAGE, "--to takes a telephone number, as in +13127367276")
+    recipient = f'"{to}"@{domain}' if " " in to else f"{to}@{domain}"
+    message["From"], message["To"] = sender, f"fax@{domain}"
     message["Subject"], message["Date"] = file.name, formatdate()
-    message["Message-ID"] = make_msgid(domain=settings.smtp.domains[0])
+    message["Message-ID"] = make_msgid(domain=domain)
     message.set_content("Sent by fax-gateway send.")
     message.add_attachment(file.read_bytes(), maintype="application", subtype="pdf", filename=file.name)
     endpoint = settings.smtp.listen[0]
@@ -219,7 +223,8 @@ def send(
             door.ehlo()
             code, text = door.mail(sender)
             if code < 400:  # noqa: PLR2004 -- RFC 5321, 4.2.1
-                code, text = door.rcpt(message["To"])
+                # As written: smtplib would drop parentheses as a comment, and so dial another number.
+                code, text = door.docmd("RCPT", f"TO:<{recipient}>")
             if code < 400:  # noqa: PLR2004 -- as above
                 code, text = door.data(message.as_bytes())
     except (OSError, smtplib.SMTPException) as error:
@@ -243,7 +248,8 @@ def explain(
     from gateway.config import Retries
 
     known = {row.name for row in (*reasons.TABLE, *reasons.LOCAL)}
-    retries = load_settings(config)[0].retries if config else Retries()
+    configured = config or os.environ.get("FAX_GATEWAY_CONFIG") or DEFAULT_CONFIG.exists()
+    retries = load_settings(config, secrets=False)[0].retries if configured else Retries()
     row = reasons.lookup(reason)
     if row.name not in known:
         near = ", ".join(reasons.nearest(reason))
@@ -251,7 +257,7 @@ def explain(
     plan = getattr(retries, row.kind.value, None)
     typer.echo(f"reason:    {row.name}")
     typer.echo(f"class:     {row.kind}")
-    typer.echo(f"retries:   {_plan(row, plan)}")
+    typer.echo(f"retries:   {_plan(row, plan, retries.max_calls)}")
     typer.echo(f"told:      {row.sentence}")
     typer.echo(f"advice:    {row.advice}")
     typer.echo(f"status:    {row.status}")
@@ -263,7 +269,7 @@ def explain(
         raise typer.Exit(EX_DATAERR)
 
 
-def _plan(row: "Reason", waits: tuple[float, ...] | None) -> str:
+def _plan(row: "Reason", waits: tuple[float, ...] | None, max_calls: int) -> str:
     if waits is None:
         return {
             "capacity": "when the queue goes on; not counted as a call",
@@ -272,7 +278,7 @@ def _plan(row: "Reason", waits: tuple[float, ...] | None) -> str:
             "spend": "after 00:00 UTC",
             "contradiction": "none by itself: the carrier is asked again, then an operator",
         }.get(row.kind.value, "none")
-    used = waits[: row.cap] if row.cap is not None else waits
+    used = waits[: max_calls - 1 if row.cap is None else min(row.cap, max_calls - 1)]
     if not used:
         return "none"
     minutes = ", ".join(f"{wait / 60:g} min" for wait in used)
@@ -284,13 +290,16 @@ def _plan(row: "Reason", waits: tuple[float, ...] | None) -> str:
 # --- what the commands share -----------------------------------------------------------------------
 
 
-def load_settings(path: Path | None) -> "tuple[Settings, list[Fault]]":
-    """Return the settings and what is odd about them; end with 78 and every fault."""
+def load_settings(path: Path | None, *, secrets: bool = True) -> "tuple[Settings, list[Fault]]":
+    """Return the settings and what is odd about them; end with 78 and every fault.
+
+    Without `secrets`, for a command that needs none, they may be missing.
+    """
     from gateway.config import ConfigurationError, load
 
     named = path or os.environ.get("FAX_GATEWAY_CONFIG")
     try:
-        return load(Path(named or DEFAULT_CONFIG), os.environ, named=bool(named))
+        return load(Path(named or DEFAULT_CONFIG), os.environ, named=bool(named), secrets=secrets)
     except ConfigurationError as error:
         for fault in error.faults:
             typer.echo(f"{fault}", err=True)

@@ -190,16 +190,14 @@ def retry(
     """
     from gateway.records import RetryAsked
 
-    async def ask(store: "Store") -> None:
-        for name in await _names(store, fax_id):
-            if (await store.show(name)).fax.final:
-                fax = await store.renew(name, even_if_twice=even_if_twice)
-                typer.echo(f"{fax.id}: queued, renews {name}")
-            else:
-                fax = await store.apply(name, RetryAsked(even_if_twice))
-                typer.echo(f"{fax.id}: {fax.state}")
+    async def again(store: "Store", name: str) -> str:
+        if (await store.show(name)).fax.final:
+            fax = await store.renew(name, even_if_twice=even_if_twice)
+            return f"{fax.id}: queued, renews {name}"
+        fax = await store.apply(name, RetryAsked(even_if_twice))
+        return f"{fax.id}: {fax.state}"
 
-    _run(config, ask)
+    _each(config, fax_id, again)
 
 
 # --- what they share -------------------------------------------------------------------------------
@@ -220,23 +218,42 @@ async def _names(store: "Store", name: str) -> list[str]:
 
 
 def _apply(config: Any, name: str, event: "Event") -> None:
-    async def ask(store: "Store") -> None:
-        for fax_id in await _names(store, name):
-            fax = await store.apply(fax_id, event)
-            wish = " (cancel asked, the outcome decides)" if fax.cancel_asked and not fax.final else ""
-            typer.echo(f"{fax.id}: {fax.state}{wish}")
+    async def wish(store: "Store", fax_id: str) -> str:
+        fax = await store.apply(fax_id, event)
+        open_call = fax.cancel_asked and not fax.final
+        return f"{fax.id}: {fax.state}" + (" (cancel asked, the outcome decides)" if open_call else "")
 
-    _run(config, ask)
+    _each(config, name, wish)
+
+
+def _each(config: Any, name: str, wish: "Callable[[Store, str], Awaitable[str]]") -> None:
+    """Do it to the fax, or to each fax of the mail: one that cannot does not spare the others."""
+    from gateway.fax_steps import Misfit
+    from gateway.store_intake import NotRenewable
+
+    async def ask(store: "Store") -> tuple[int, int]:
+        names, done = await _names(store, name), 0
+        for fax_id in names:
+            try:
+                typer.echo(await wish(store, fax_id))
+                done += 1
+            except (Misfit, NotRenewable) as error:
+                typer.echo(f"fax-gateway: {error}", err=True)
+        return done, len(names)
+
+    done, faxes = _run(config, ask)
+    if done < faxes:
+        if faxes > 1:
+            typer.echo(f"fax-gateway: done to {done} of {faxes} faxes", err=True)
+        raise typer.Exit(EX_DATAERR)
 
 
 def _run(config: Any, ask: "Callable[[Store], Awaitable[T]]") -> T:
     from gateway.database import StoreError, WrongDatabase
-    from gateway.fax_steps import Misfit
     from gateway.store_apply import UnknownFax
-    from gateway.store_intake import NotRenewable
     from gateway.wiring import open_store
 
-    settings, _ = load_settings(config)
+    settings, _ = load_settings(config, secrets=False)
 
     async def work() -> T:
         store = open_store(settings, serve=False)
@@ -249,7 +266,7 @@ def _run(config: Any, ask: "Callable[[Store], Awaitable[T]]") -> T:
         return asyncio.run(work())
     except WrongDatabase as error:
         end(EX_CONFIG, f"store.url: {error}")
-    except (UnknownFax, NotRenewable, Misfit) as error:
+    except UnknownFax as error:
         end(EX_DATAERR, str(error))
     except StoreError as error:
         end(EX_TEMPFAIL, f"the store does not answer now: {error}")

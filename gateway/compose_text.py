@@ -333,26 +333,6 @@ _ALERTS = {
         "The sender does not know what became of the fax. `fax-gateway show ID` tells it; please inform the "
         "sender, and look at the mail relay if this happens again.",
     ),
-    "webhook_forged": _Advice(
-        "reports without a valid signature",
-        "They were refused. Please compare `public_key` in the section [telnyx] with the account's. If it is "
-        "wrong, results come late, by asking for them; if it is right, somebody else knocks at the webhook.",
-    ),
-    "clock_skew": _Advice(
-        "the clock is wrong",
-        "Reports of the fax service are refused while the clock of this machine differs from theirs by more "
-        "than five minutes; results come late, by asking for them. Please set the clock.",
-    ),
-    "store_failed": _Advice(
-        "the database does not work",
-        "No mail is accepted until it does; what was accepted before is kept. Please look at the free space "
-        "of the disk and at the log.",
-    ),
-    "poison": _Advice(
-        "something cannot be processed",
-        "It was put aside, so that nothing else waits for it. `fax-gateway list` and `fax-gateway show ID` "
-        "tell more, and the log has the cause.",
-    ),
 }
 _OTHER = _Advice("something needs attention", "`fax-gateway list` shows the queue; the log tells more.")
 

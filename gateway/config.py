@@ -214,6 +214,9 @@ KEYS: Mapping[str, FieldInfo] = {
 }
 """Every key, in order."""
 
+SAFE_LAST_CHECK = 270.0
+"""Seconds after which no request can be on its way: a claim's lease, and the longest POST."""
+
 _REQUIRED = {
     "telnyx.api_key": "create an API key (V2) in the Telnyx portal and put it here or into a credential",
     "telnyx.connection_id": "put the id of your Fax Application of the Telnyx portal here",
@@ -222,11 +225,15 @@ _REQUIRED = {
 }
 
 
-def load(path: Path, environ: Mapping[str, str], *, named: bool = True) -> tuple[Settings, list[Fault]]:
+def load(
+    path: Path, environ: Mapping[str, str], *, named: bool = True, secrets: bool = True
+) -> tuple[Settings, list[Fault]]:
     """Return the settings, and warnings about what is allowed but dangerous or without effect.
 
     `environ` is the process's environment. A file that somebody `named` must exist; at the usual place none
-    needs to, if the environment and the credentials hold what is required. Raises `ConfigurationError`.
+    needs to, if the environment and the credentials hold what is required. Without `secrets` it is no fault
+    that the credentials are not there: an operator's command runs outside the unit that has them. Raises
+    `ConfigurationError`.
     """
     faults: list[Fault] = []
     credentials, environment = _credentials(environ, faults), _environment(environ, faults)
@@ -237,7 +244,8 @@ def load(path: Path, environ: Mapping[str, str], *, named: bool = True) -> tuple
         absent = [Fault("", f"there is no file {path}; create it or name another one")]
         if named:
             raise ConfigurationError(faults + absent) from None
-    settings = Settings((credentials, environment, file, _Check(faults, absent)))
+    unneeded = InitSettingsSource(Settings, {} if secrets else {"telnyx": {"api_key": "(unused)"}})
+    settings = Settings((credentials, environment, file, unneeded, _Check(faults, absent, secrets=secrets)))
     return settings, list(_warnings(settings, path, file.init_kwargs))
 
 
@@ -331,14 +339,14 @@ def _credentials(environ: Mapping[str, str], faults: list[Fault]) -> InitSetting
 class _Check(InitSettingsSource):
     """The weakest source: an empty section for each, once all that the others found proved good."""
 
-    def __init__(self, faults: list[Fault], absent: list[Fault]) -> None:
+    def __init__(self, faults: list[Fault], absent: list[Fault], *, secrets: bool) -> None:
         super().__init__(Settings, {section: {} for section in Settings.model_fields})
-        self.faults, self.absent = faults, absent
+        self.faults, self.absent, self.secrets = faults, absent, secrets
 
     def __call__(self) -> dict[str, Any]:
         """Return the empty sections, or raise `ConfigurationError` with every fault."""
         found = _validated(self.current_state, self.faults)
-        self.faults += _conflicts(found)
+        self.faults += [fault for fault in _conflicts(found) if self.secrets or fault.key not in CREDENTIALS]
         if self.faults:
             raise ConfigurationError(self.faults + self.absent)
         return super().__call__()
@@ -403,6 +411,10 @@ def _conflicts(found: Mapping[str, Any]) -> Iterable[Fault]:
     relay, endpoints = found.get("replies.relay"), found.get("smtp.listen", ())
     if relay and any(_is_same(relay, endpoint, found.get("smtp.hostname")) for endpoint in endpoints):
         yield Fault("replies.relay", "is the gateway's own door (smtp.listen); name your mail server")
+    if found.get("replies.postmaster", "").rpartition("@")[2].lower() in found.get("smtp.domains", ()):
+        yield Fault(
+            "replies.postmaster", "is at one of smtp.domains: its mail would come back in here for ever"
+        )
     user, password = found.get("replies.relay_user"), found.get("replies.relay_password")
     if user and password == SecretStr(""):
         yield Fault("replies.relay_password", "is missing; replies.relay_user needs it")
@@ -446,6 +458,9 @@ def _warnings(settings: Settings, path: Path, content: Mapping[str, Any]) -> Ite
     # Base64 is a third longer than the document, and has line ends (RFC 2045, 6.8).
     if settings.smtp.max_message_size < settings.documents.max_size * 4 / 3 * 78 / 76:
         yield Fault("smtp.max_message_size", "is too small for a mail with a document of documents.max_size")
+    if settings.telnyx.doubt_checks[-1] < SAFE_LAST_CHECK:
+        text = f"ends before {SAFE_LAST_CHECK:.0f} s: a request may still be on its way at the last check"
+        yield Fault("telnyx.doubt_checks", text)
     api = urlsplit(settings.telnyx.api_base)
     if api.scheme == "http" and _place(api.hostname or "") != "loopback":
         yield Fault("telnyx.api_base", "is not https; the API key and the documents can be read on the way")

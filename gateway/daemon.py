@@ -35,11 +35,11 @@ from gateway.log import get_logger
 from gateway.metrics import Metrics
 from gateway.notify import Relay
 from gateway.prepare import COMMAND, Preparer
-from gateway.records import Alert, Brake, State
+from gateway.records import Alert, Brake, Fax, State
 from gateway.smtp import MailDoor, session_factory
 from gateway.smtp_session import Sessions
 from gateway.store import Store
-from gateway.store_apply import Change
+from gateway.store_apply import Change, News
 from gateway.store_work import CallSettings
 from gateway.systemd import Supervisor
 from gateway.telnyx import POST_LIMIT, Telnyx
@@ -54,7 +54,7 @@ _DATA_LIMIT = 20.0  # seconds that a stop waits for the final dots of mails that
 _ACCEPT_LIMIT = 35.0  # seconds that a stop waits for mails after their final dot
 _NOTICES_LIMIT = 15.0  # seconds that a stop waits for replies on their way to the relay
 _SPARE_THREADS = 16  # beside one for each call: for files, questions, replies
-_TICK_LIMIT = 180.0  # seconds without a turn after which a loop counts as dead
+_TURN_LIMIT = 300.0  # seconds without coming round after which a loop counts as dead
 
 
 log = get_logger()
@@ -71,7 +71,7 @@ class Doors:
 async def serve(settings: Settings, environ: Mapping[str, str]) -> None:
     """Run the gateway until it is told to stop."""
     supervisor = Supervisor(environ)
-    stop = _stop_on_signal()
+    stop, listening = _stop_on_signal(), asyncio.Event()
     # A name server that does not answer keeps a thread for each look-up; mail must not wait for one of them.
     threads = ThreadPoolExecutor(settings.telnyx.channels + _SPARE_THREADS)
     asyncio.get_running_loop().set_default_executor(threads)
@@ -81,13 +81,13 @@ async def serve(settings: Settings, environ: Mapping[str, str]) -> None:
         log.info("started", version=__version__, store=str(_folder(settings)))
         carrier = await stack.enter_async_context(carrier_of(settings))
         preparer = await stack.enter_async_context(_preparer(settings))
-        doubts = await store.take_over()
+        doubts = await store.take_over(settings.telnyx.from_number)
         if doubts:
             log.warning(
                 "call_in_doubt", faxes=doubts, cause="the gateway stopped in the middle of these calls"
             )
         http = await stack.enter_async_context(
-            _http(settings, store, carrier, metrics, ready=lambda: not stop.is_set())
+            _http(settings, store, carrier, metrics, ready=lambda: listening.is_set() and not stop.is_set())
         )
         door, sessions = _mail_door(settings, store, preparer, metrics)
         smtp = await stack.enter_async_context(_smtp(settings, door, sessions))
@@ -95,10 +95,11 @@ async def serve(settings: Settings, environ: Mapping[str, str]) -> None:
         dispatcher = _dispatcher(settings, store, carrier, metrics)
         notices = _notices(settings, store, preparer, metrics, bell)
         tasks = await stack.enter_async_context(_tasks(bell, dispatcher, notices))
+        listening.set()
         doors = Doors(smtp, http)
         log.info("ready", smtp=list(doors.smtp), http=doors.http)
         supervisor.tell("READY=1", f"STATUS=mail on {', '.join(doors.smtp)}, HTTP on {doors.http}")
-        tasks.append(asyncio.create_task(_beat(supervisor, dispatcher)))
+        tasks.append(asyncio.create_task(_beat(supervisor, bell)))
         await stop.wait()
         begun = time.monotonic()
         supervisor.tell("STOPPING=1", "STATUS=finishing what was begun")
@@ -333,14 +334,14 @@ def _address(name: tuple[object, ...]) -> str:
 # --- living and stopping ---------------------------------------------------------------------------
 
 
-async def _beat(supervisor: Supervisor, dispatcher: Dispatcher) -> None:
+async def _beat(supervisor: Supervisor, bell: Bell) -> None:
     """Tell the watchdog that the event loop and every loop of ours come round."""
     while supervisor.beat is not None:
-        late = {name: time.monotonic() - tick for name, tick in dispatcher.ticks.items()}
-        if max(late.values(), default=0.0) < _TICK_LIMIT:
+        late = bell.longest_turn()
+        if late < _TURN_LIMIT:
             supervisor.tell("WATCHDOG=1")
         else:
-            log.error("watchdog_missed", late=round(max(late.values())))
+            log.error("watchdog_missed", late=round(late))
         await asyncio.sleep(supervisor.beat)
 
 
@@ -355,9 +356,20 @@ async def _finish_mails(door: MailDoor, sessions: Sessions) -> None:
         await asyncio.wait(door.accepting, timeout=_ACCEPT_LIMIT)
 
 
-def _observe(metrics: Metrics, change: Change) -> None:
-    """Write the log line and count, once for each change of a fax."""
-    before, after = change.before, change.after
+def _observe(metrics: Metrics, news: News) -> None:
+    """Write the log line and count: for each change of a fax, each mail to the postmaster, each brake."""
+    match news:
+        case Change():
+            _observe_change(metrics, news.before, news.after)
+        case Alert(cause):
+            metrics.alert(cause)
+            log.warning("alert_queued", cause=cause, text=news.text)
+        case Brake(kind, scope, cause):
+            where = "account" if scope == "account" else "number"
+            log.warning("account_held", kind=kind, scope=where, cause=cause)
+
+
+def _observe_change(metrics: Metrics, before: Fax, after: Fax) -> None:
     if after.final and not before.final:
         metrics.fax(after.state.value)  # type: ignore[arg-type]  # a final state is one of its outcomes
         seconds = round((after.ended_at or after.accepted_at) - after.accepted_at, 1)
@@ -366,17 +378,5 @@ def _observe(metrics: Metrics, change: Change) -> None:
     elif after.state is State.HELD and before.state is not State.HELD:
         log.warning("fax_held", fax=after.id, cause=after.held_for, detail=after.held_detail)
     elif after.state is State.QUEUED and before.state is not State.QUEUED:
-        log.info("fax_requeued", fax=after.id, reason=after.calls[-1].reason if after.calls else None,
-                 due=round(after.due_at - time.time(), 1))  # fmt: skip
-    for effect in change.effects:
-        match effect:
-            case Alert(cause):
-                metrics.alert(cause)
-                log.warning("alert_queued", fax=after.id, cause=cause)
-            case Brake(kind, scope, cause):
-                log.warning(
-                    "account_held",
-                    kind=kind,
-                    scope="account" if scope == "account" else "number",
-                    cause=cause,
-                )
+        reason = after.calls[-1].reason if after.calls else None
+        log.info("fax_requeued", fax=after.id, reason=reason, due=round(after.due_at - time.time(), 1))

@@ -95,35 +95,36 @@ class Dispatcher:
         self._calls: set[asyncio.Task[None]] = set()
         self._claiming = asyncio.Lock()  # from the look at `_stopping` until the call is in `_calls`
         self._stopping = False
-        self.ticks: dict[str, float] = {}  # when each loop last came round, for the watchdog
 
     # --- loops --------------------------------------------------------------------------------------------
 
     async def run_calls(self, wake: Wake) -> None:
         """Call what is due, as many at a time as there are channels, until cancelled."""
-        await self._loop("calls", wake, self._begin_calls)
+        await self._loop("calls", wake, self._begin_call)
 
     async def run_questions(self, wake: Wake) -> None:
         """Ask the carrier about silent calls and doubts, until cancelled."""
-        await self._loop("questions", wake, self._ask_all)
+        await self._loop("questions", wake, self._ask_some)
 
     async def run_caretaker(self, wake: Wake) -> None:
         """Let time happen: deadlines, lapsed claims, parked events, purge; until cancelled."""
         swept = purged = time.monotonic()
         purge_every = max(1.0, min(600.0, self._keep[0] / 4))
 
-        async def care() -> None:
+        async def care() -> bool:
             nonlocal swept, purged
-            while await self._store.pass_time():
-                pass
+            more = bool(await self._store.pass_time())
             if time.monotonic() - swept > _SWEEP_EVERY:
                 swept = time.monotonic()
                 await self._store.sweep_parked()
             if time.monotonic() - purged > purge_every:
-                purged = time.monotonic()
                 gone = await self._store.purge(*self._keep)
-                if gone:
+                if gone:  # in steps: a turn shall not last
                     log.info("purged", gone=gone)
+                    return True
+                await self._store.give_space_back()
+                purged = time.monotonic()
+            return more
 
         await self._loop("caretaker", wake, care)
 
@@ -137,12 +138,11 @@ class Dispatcher:
         for task in self._calls:
             task.cancel()
 
-    async def _loop(self, name: str, wake: Wake, turn: Callable[[], Awaitable[None]]) -> None:
+    async def _loop(self, name: str, wake: Wake, turn: Callable[[], Awaitable[bool]]) -> None:
+        """Turn for ever; at once again when a turn says that there is more to do."""
         while True:
-            self.ticks[name] = time.monotonic()
-            pause = _LOOK_EVERY
             try:
-                await turn()
+                pause = 0.0 if await turn() else _LOOK_EVERY
             except StoreError as error:
                 log.warning("store_failed", verb=name, error=str(error))
                 pause = _STORE_AWAY
@@ -153,24 +153,19 @@ class Dispatcher:
 
     # --- calls --------------------------------------------------------------------------------------------
 
-    async def _begin_calls(self) -> None:
-        while await self._begin_call():
-            pass
-
     async def _begin_call(self) -> bool:
         """Begin the next call; False when there is none to begin."""
         async with self._claiming:
+            begun = time.monotonic()  # before the claim: the lease counts from its commit
             fax = None if self._stopping else await self._store.claim_call(self._settings)
             if fax is None or fax.last is None:
                 return False
-            task = asyncio.create_task(self._call(fax, fax.last), name=f"call {fax.id}")
+            task = asyncio.create_task(self._call(fax, fax.last, begun), name=f"call {fax.id}")
             self._calls.add(task)
             task.add_done_callback(self._calls.discard)
             return True
 
-    async def _call(self, fax: Fax, attempt: Attempt) -> None:
-        begun = time.monotonic()
-
+    async def _call(self, fax: Fax, attempt: Attempt, begun: float) -> None:
         def may_begin() -> bool:
             """Rule 10: whoever is past the lease may not begin a POST."""
             return time.monotonic() - begun < self._settings.lease
@@ -180,9 +175,9 @@ class Dispatcher:
             if not events:
                 log.info("call_begun", fax=fax.id, attempt=attempt.ordinal, to=fax.number, pages=fax.pages)
                 events = [await self._post(fax, attempt, may_begin)]
-        except StoreError as error:  # nothing was posted; the lapsed lease will lead to a doubt
+        except StoreError as error:  # before the POST, which needs the document
             log.warning("store_failed", verb="call", fax=fax.id, error=str(error))
-            return
+            events = [Withdrawn(attempt.id, "the store did not answer", self._clock())]
         except Exception as error:  # outermost: after the intent, the unknown is a doubt
             log.exception("task_failed", task="call", fax=fax.id, error=repr(error))
             events = [Doubted(attempt.id, "unforeseen fault")]
@@ -267,9 +262,10 @@ class Dispatcher:
 
     # --- questions ----------------------------------------------------------------------------------------
 
-    async def _ask_all(self) -> None:
-        while faxes := await self._store.claim_questions(QUESTIONS_AT_ONCE):
-            await asyncio.gather(*(self._ask(fax) for fax in faxes))
+    async def _ask_some(self) -> bool:
+        faxes = await self._store.claim_questions(QUESTIONS_AT_ONCE)
+        await asyncio.gather(*(self._ask(fax) for fax in faxes))
+        return bool(faxes)
 
     async def _ask(self, fax: Fax) -> None:
         """Ask about one fax; its lease keeps it from being asked about again at once when that fails."""

@@ -123,7 +123,7 @@ def alert_if(wanted: bool, cause: str, fax: Fax, why: str) -> tuple[Effect, ...]
 
 def last_reason(fax: Fax) -> str:
     """Return why the last call failed, or that there was none."""
-    for call in reversed(fax.calls):
-        if call.stage is Stage.FAILED:
-            return reasons.lookup(call.reason).name
+    for attempt in reversed(fax.attempts):
+        if attempt.reason is not None and (attempt.stage is Stage.FAILED or attempt.end is End.REFUSED):
+            return reasons.lookup(attempt.reason).name
     return "gave_up_waiting"

@@ -27,7 +27,7 @@ ReplyResult = Literal["sent", "deferred", "given_up"]
 AlertCause = Literal[
     "fax_held", "call_stuck", "call_refused", "contradiction", "account_held", "reply_given_up", "other"
 ]
-Verb = Literal["submit", "ask", "list", "cancel", "check"]
+Verb = Literal["submit", "ask", "list"]
 Waiting = Literal["queued", "submitting", "sending", "in_doubt", "held"]
 
 _ACCEPT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -98,10 +98,11 @@ class Metrics:
         self._parked = _gauge(registry, "events_parked", "Events of the carrier whose fax is not known yet.")
         self.show(Queue({}, overdue=0, oldest_waiting=0, on_hold=False, outbox=0, parked=0))
 
-    def mail(self, answer: MailAnswer, seconds: float) -> None:
-        """Count a mail answered `seconds` after its final dot."""
+    def mail(self, answer: MailAnswer, seconds: float | None = None) -> None:
+        """Count a mail answered `seconds` after its final dot, or before it came so far."""
         self._mails.labels(answer).inc()
-        self._accept.observe(seconds)
+        if seconds is not None:
+            self._accept.observe(seconds)
 
     def call(self, result: CallResult) -> None:
         """Count a call asked for."""

@@ -213,12 +213,8 @@ LOCAL: tuple[Reason, ...] = (
     Reason("gave_up_waiting", Kind.NEVER,
            "The fax service could not be reached, or had no line free for us, until the time was up.", _OURS,
            "5.4.7"),
-    Reason("outcome_unknown", Kind.NEVER,
-           "It could not be found out whether the fax went out.",
-           "Please ask the recipient whether the fax came through before sending it again.", "5.0.0",
-           pages_may_have_arrived=True, alert=True),
 )
-"""Ends without a `failure_reason`: refused at submission, never submitted, or never cleared up."""
+"""Ends without a `failure_reason`: refused at submission, or never submitted."""
 
 # fmt: on
 

@@ -11,6 +11,7 @@ Fails: a fault of ours is 451, a full disk 452; never a 250, never a 5xx.
 """
 
 import asyncio
+import errno
 import shutil
 import time
 import uuid
@@ -37,6 +38,9 @@ ANSWER_LIMIT = 25.0
 DISK_RESERVE = 64 * 1024 * 1024
 """Octets that stay free for events and replies: below, no new mail is begun."""
 _MOST_HOPS = 50
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+_FULL = "452 4.3.1 no space left here; try again later"
+_LARGEST_FROM_STRANGERS = 1_000_000  # octets of a mail to the postmaster from outside senders.networks
 
 log = get_logger()
 
@@ -73,10 +77,12 @@ class MailDoor:
     ) -> str:
         """Begin a mail, if there is room for one."""
         if shutil.disk_usage(self._folder).free < DISK_RESERVE:
-            log.error("mail_failed", peer=_host(session), answer="452 4.3.1", error="disk reserve")
-            return "452 4.3.1 no space left here; try again later"
+            log.error("mail_failed", peer=_host(session), answer=_FULL[:9], error="disk reserve")
+            self._metrics.mail("failed")
+            return _FULL
         if not _replyable(address):
-            return "501 5.1.7 this sender address could not be answered"
+            answer = "501 5.1.7 this sender address could not be answered"
+            return self._turned_away(session, envelope, answer, "the sender cannot be answered")
         envelope.mail_from = address
         envelope.mail_options.extend(options)
         envelope.sender = "" if address == "<>" else address
@@ -85,9 +91,10 @@ class MailDoor:
     async def recipient(self, session: Peer, envelope: MailEnvelope, raw: str) -> str:
         """Say whether this sender may send a fax to this address. Raises Refusal."""
         if len(envelope.rcpt_tos) >= self._max_recipients:
-            return (
+            answer = (
                 f"452 4.5.3 too many recipients: {self._max_recipients} a mail; send the rest in another one"
             )
+            return self._turned_away(session, envelope, answer, "too many recipients")
         try:
             local, domain = split_rcpt(raw)
             if self._policy.is_postmaster(local, domain):
@@ -97,17 +104,17 @@ class MailDoor:
                     self._number(session, envelope, local, domain), f"{local}@{domain}"
                 )
         except Refusal as refusal:
-            answer = f"{refusal.code} {refusal.status}"
-            log.info(
-                "mail_refused",
-                peer=_host(session),
-                sender=envelope.sender,
-                answer=answer,
-                cause=refusal.log,
-            )
+            self._turned_away(session, envelope, f"{refusal.code} {refusal.status}", refusal.log)
             raise
         envelope.rcpt_tos.append(f"{local}@{domain}")
         return "250 2.1.5 recipient ok"
+
+    def _turned_away(self, session: Peer, envelope: MailEnvelope, answer: str, cause: str) -> str:
+        """Write the line of a mail that ended before its DATA, and return the answer."""
+        about = {"peer": _host(session), "sender": envelope.sender}
+        log.info("mail_refused", answer=answer[:9], cause=cause, **about)
+        self._metrics.mail("refused")
+        return answer
 
     def _number(self, session: Peer, envelope: MailEnvelope, local: str, domain: str) -> str:
         policy = self._policy
@@ -133,7 +140,11 @@ class MailDoor:
 
     def busy(self) -> str | None:
         """Return an answer if the children have more than enough to do (rule 9)."""
-        return "451 4.3.2 too much to do here; try again later" if self._preparer.full else None
+        if not self._preparer.full:
+            return None
+        log.error("mail_failed", answer="451 4.3.2", error="the children have more than enough to do")
+        self._metrics.mail("failed")
+        return "451 4.3.2 too much to do here; try again later"
 
     async def handle_DATA(self, server: SmtpSession, session: Peer, envelope: MailEnvelope) -> str:  # noqa: N802
         """Take the mail. The work goes on to its end even if the client leaves."""
@@ -153,10 +164,9 @@ class MailDoor:
             log.info("mail_refused", answer=answer[:9], cause=refusal.log, **about)
             self._metrics.mail("refused", time.monotonic() - begun)
             return answer
-        except (StoreFull, OSError) as error:
-            return self._failed("452 4.3.1 no space left here; try again later", error, begun, about)
-        except (ChildFailed, StoreError) as error:
-            answer = "451 4.3.0 the mail could not be examined now; try again later"
+        except (ChildFailed, StoreError, OSError) as error:
+            full = isinstance(error, StoreFull) or getattr(error, "errno", None) in _NO_SPACE
+            answer = _FULL if full else "451 4.3.0 the mail could not be examined now; try again later"
             return self._failed(answer, error, begun, about)
         seconds = round(time.monotonic() - begun, 3)
         if accepted.repeated:
@@ -211,6 +221,8 @@ class MailDoor:
 
     def _forwarded(self, session: Peer, raw: bytes) -> bytes:
         """Add the trace line that every hop adds (RFC 5321, 4.4); a mail that loops is refused."""
+        if len(raw) > _LARGEST_FROM_STRANGERS and not self._policy.knows_client(_host(session)):
+            raise MailRefused(552, "5.3.4", "the postmaster takes no mail that large", "large, from outside")
         head = raw.partition(b"\r\n\r\n")[0].lower()
         if (b"\r\n" + head).count(b"\r\nreceived:") > _MOST_HOPS:
             raise MailRefused(554, "5.4.6", "this mail goes round in circles", "too many hops")

@@ -160,7 +160,7 @@ class SmtpSession(SMTP):
         self._over: asyncio.TimerHandle | None = None
         self._received = 0
         self._begun = 0.0
-        self._skimming = False
+        self._ended = False
         self._tail = b""
         self._tail_kept = 0
         self._leaving = False
@@ -222,9 +222,10 @@ class SmtpSession(SMTP):
         """Bound the memory and the time that a mail may take."""
         if self._leaving:
             return
-        if not self.in_data or self.answering:
+        if not self.in_data or self.answering or self._ended:
             super().data_received(data)
             return
+        room = max(0, self.data_size_limit + _MARGIN - self._received)
         self._received += len(data)
         # aiosmtpd's time limit is for the whole of a mail: what comes in steadily gets more of it.
         left = self._begun + self._timeout_duration + self._received / SLOWEST - self.loop.time()
@@ -232,24 +233,25 @@ class SmtpSession(SMTP):
         if self._received > _PATIENCE * self.data_size_limit:
             self._log_too_large()
             self.turn_away(self._too_large(), linger=True)
-        elif self._skimming or self._received > self.data_size_limit + _MARGIN:
-            self._skim(data)
-        else:
-            self._tail = (self._tail + data)[-len(_END) + 1 :]
+            return
+        # Up to the margin all is kept, whatever the sizes of the pieces: aiosmtpd has to see that it is too
+        # much, or a mail without its end would be taken for a whole one.
+        if kept := data[:room]:
+            self._tail = (self._tail + kept)[-len(_END) + 1 :]
             self._tail_kept = len(self._tail)
-            super().data_received(data)
+            super().data_received(kept)
+        if rest := data[room:]:
+            self._skim(rest)
 
     def _skim(self, data: bytes) -> None:
         """Look for the end of a mail that is too large, and drop the rest: a client hears 552 only then."""
-        self._skimming = True
         window = self._tail + data
         end = window.find(_END)
-        if end >= 0:
-            self._skimming = False
-            super().data_received(window[max(end, self._tail_kept) :])
-            return
-        if self._tail_kept:
+        if self._tail_kept and not 0 <= end < self._tail_kept:
             super().data_received(b"x")  # what was kept may end in a dot: it must not become a lone one
+        if end >= 0:
+            self._ended = True
+            super().data_received(window[max(end, self._tail_kept) :])
         self._tail, self._tail_kept = window[-len(_END) + 1 :], 0
 
     def _too_large(self) -> str:
@@ -316,7 +318,7 @@ class SmtpSession(SMTP):
             await self.push(busy)
             return
         self._received, self._begun = 0, self.loop.time()
-        self._tail, self._tail_kept = b"", 0
+        self._tail, self._tail_kept, self._ended = b"", 0, False
         self.in_data = True
         await super().smtp_DATA(arg)
         # After a fault `in_data` stays: handle_exception must know.

@@ -4,7 +4,8 @@ In charge of: one method for each thing the doors and loops may do with what is 
 work in `database`, told in `store_intake` (mail in), `store_work` (calls, questions, events), `store_apply`
 (the one door through which a fax changes), `store_outbox` (mail out) and `store_desk` (operators, purge).
 
-Promises: a verb that returned is on the disk. Wherever a fax changed, `observe` hears of it after the commit.
+Promises: a verb that returned is on the disk. Of every change of a fax, alert and brake `observe` hears after
+the commit.
 
 Fails: `StoreFull` and `StoreUnavailable`; verbs about one fax also `UnknownFax`, `Misfit` or `Conflict`.
 """
@@ -20,8 +21,8 @@ from sqlalchemy.engine import Connection
 from gateway import store_apply, store_desk, store_intake, store_outbox, store_work
 from gateway.carrier import CarrierEvent
 from gateway.database import Database
-from gateway.records import Alert, Event, Fax, OutboxEntry, Rules
-from gateway.store_apply import Change, Unit
+from gateway.records import Event, Fax, OutboxEntry, Rules
+from gateway.store_apply import News, Unit
 from gateway.store_intake import CHUNK, Accepted, Submission
 from gateway.store_work import CallSettings, Evidence, Fate
 
@@ -39,7 +40,7 @@ class Store:
         clock: Callable[[], float],
         rules: Rules,
         postmaster: str,
-        observe: Callable[[Change], None] | None = None,
+        observe: Callable[[News], None] | None = None,
     ) -> None:
         self._database = database
         self._clock = clock
@@ -57,8 +58,8 @@ class Store:
 
         def observe(done: asyncio.Future[T]) -> None:
             if self._observe is not None and done.exception() is None:
-                for change in unit[-1].changes:
-                    self._observe(change)
+                for news in unit[-1].news:
+                    self._observe(news)
 
         committed = self._database.write(work)
         committed.add_done_callback(observe)  # a cancelled caller's work happens all the same
@@ -104,9 +105,9 @@ class Store:
         """Keep a carrier's event; answer 200 after this."""
         return await self._do(store_work.remember_event, event)
 
-    async def take_over(self) -> int:
+    async def take_over(self, from_number: str) -> int:
         """After a start: doubt what the last process was about to send; return how many that were."""
-        return await self._do(store_work.take_over)
+        return await self._do(store_work.take_over, from_number)
 
     async def pass_time(self) -> int:
         """Let time happen to every fax whose time has come; return how many it changed."""
@@ -133,10 +134,6 @@ class Store:
     async def notice_given_up(self, entry_id: str, fence: int, why: str) -> bool:
         """Record that it will not be tried again."""
         return await self._do(store_outbox.given_up, entry_id, fence, why)
-
-    async def alert(self, alert: Alert) -> None:
-        """Tell the postmaster something that no fax's event brought up."""
-        await self._do(store_apply.alert, alert)
 
     # --- operators, monitors, purge ----------------------------------------------------------------
 
@@ -181,16 +178,13 @@ class Store:
         return await self._database.read(partial(store_desk.paper_of, mail_id=mail_id))
 
     async def purge(self, keep_documents: float, keep_records: float) -> int:
-        """Throw away what is over, give the space back; return how many documents and mails went."""
-        gone = 0
-        for verb, keep in (
-            (store_desk.purge_documents, keep_documents),
-            (store_desk.purge_records, keep_records),
-        ):
-            while some := await self._do(verb, keep):
-                gone += some
+        """Throw away some of what is over; return how many documents and mails went, 0 when all is gone."""
+        gone = await self._do(store_desk.purge_documents, keep_documents)
+        return gone + await self._do(store_desk.purge_records, keep_records)
+
+    async def give_space_back(self) -> None:
+        """Return to the disk what purging freed."""
         await self._database.give_space_back()
-        return gone
 
     async def close(self) -> None:
         """Finish what was asked, then let go of the database."""

@@ -78,7 +78,16 @@ class Unit:
     now: float
     rules: Rules
     postmaster: str
-    changes: list[Change] = field(default_factory=list)
+    news: list["News"] = field(default_factory=list)  # in the order of their happening
+
+    @property
+    def changes(self) -> list[Change]:
+        """The faxes that changed."""
+        return [item for item in self.news if isinstance(item, Change)]
+
+
+News = Change | Alert | Brake
+"""What the log and the metrics hear of after the commit."""
 
 
 # --- rows and records ------------------------------------------------------------------------------
@@ -164,7 +173,7 @@ def apply(unit: Unit, fax_id: str, event: Event, *, version: int | None = None) 
         _save(unit.connection, fax, after)
     if step.fax is not fax or step.effects or isinstance(event, Reported):
         _record(unit, after, event)
-        unit.changes.append(Change(fax, after, event, step.effects))
+        unit.news.append(Change(fax, after, event, step.effects))
     for effect in step.effects:
         _carry_out(unit, after, event, effect)
     if isinstance(event, Taken):
@@ -327,25 +336,26 @@ def _carry_out(unit: Unit, fax: Fax, event: Event, effect: Effect) -> None:
 def post(
     unit: Unit, entry_id: str, recipient: str, *, fax_id: str | None = None, notice: str | None = None,
     cause: str | None = None, payload: bytes | None = None,
-) -> None:  # fmt: skip
-    """Put one mail into the outbox; a second one of the same id is the same mail."""
+) -> bool:  # fmt: skip
+    """Put one mail into the outbox; False when it was there: a second one of the same id is the same mail."""
     values = {
         "id": entry_id, "fax_id": fax_id, "notice": notice, "cause": cause, "recipient": recipient,
         "payload": payload, "queued_at": unit.now, "due_at": unit.now, "lease_until": 0.0, "fence": 0,
         "tries": 0, "error": "",
     }  # fmt: skip
-    unit.connection.execute(upsert(unit.connection, s.outbox).values(values).on_conflict_do_nothing())
+    insert = upsert(unit.connection, s.outbox).values(values).on_conflict_do_nothing()
+    return unit.connection.execute(insert.returning(s.outbox.c.id)).first() is not None
 
 
 def alert(unit: Unit, effect: Alert) -> None:
     """Queue the postmaster's mail: one for each cause and day (UTC)."""
-    day = datetime.fromtimestamp(unit.now, UTC).date().isoformat()
-    post(
-        unit, f"alert.{effect.cause}.{day}", unit.postmaster, cause=effect.cause, payload=effect.text.encode()
-    )
+    entry_id = f"alert.{effect.cause}.{datetime.fromtimestamp(unit.now, UTC).date().isoformat()}"
+    if post(unit, entry_id, unit.postmaster, cause=effect.cause, payload=effect.text.encode()):
+        unit.news.append(effect)
 
 
 def _brake(unit: Unit, brake: Brake) -> None:
+    unit.news.append(brake)
     first, longest = _BRAKE_WAITS[brake.kind]
     where = (s.brakes.c.kind == brake.kind, s.brakes.c.scope == brake.scope)
     known = unit.connection.execute(sa.select(s.brakes.c.wait).where(*where)).scalar()

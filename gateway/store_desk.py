@@ -249,6 +249,12 @@ _DROP_CHUNKS = s.document_chunks.delete().where(s.document_chunks.c.document_id 
 _MARK = (
     s.documents.update().where(s.documents.c.id == sa.bindparam("gone")).values(purged_at=sa.bindparam("at"))
 )
+# With the document goes what the mail said: records hold no content.
+_BLANK = (
+    s.mails.update()
+    .where(s.mails.c.document_id == sa.bindparam("gone"))
+    .values(subject="", original_headers=b"")
+)
 
 
 def purge_documents(unit: Unit, keep: float) -> int:
@@ -260,6 +266,7 @@ def purge_documents(unit: Unit, keep: float) -> int:
             room -= row.size
             gone.append(row.id)
             unit.connection.execute(_MARK, {"gone": row.id, "at": unit.now})
+            unit.connection.execute(_BLANK, {"gone": row.id})
     orphans = list(unit.connection.execute(_ORPHANS, {"before": unit.now - _ORPHANED}).scalars())
     for document_id in gone + orphans:
         unit.connection.execute(_DROP_CHUNKS, {"gone": document_id})

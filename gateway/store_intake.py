@@ -17,6 +17,7 @@ import sqlalchemy as sa
 
 from gateway import schema as s
 from gateway.database import StoreError
+from gateway.reasons import Kind, lookup
 from gateway.records import End, Fax, ReceivedMail, State
 from gateway.store_apply import Unit, fax_values, load, post, upsert
 
@@ -105,11 +106,11 @@ def accept(unit: Unit, submission: Submission, duplicate_window: float) -> Accep
 def renew(unit: Unit, fax_id: str, *, even_if_twice: bool) -> Fax:
     """Send an ended fax again as a new one that names it. Raises UnknownFax, NotRenewable."""
     old = load(unit.connection, fax_id)
-    risky = old.state is State.DELIVERED or any(
-        attempt.open or attempt.end in {End.DELIVERED, End.OVERRULED} for attempt in old.attempts
-    )
-    if risky and not even_if_twice:
+    if _may_have_arrived(old) and not even_if_twice:
         raise NotRenewable(f"fax {fax_id} was delivered, or may have been; --even-if-twice sends it again")
+    renewed = unit.connection.execute(_RENEWED, {"mail_id": old.mail_id, "fax_id": fax_id}).scalar()
+    if renewed is not None and not even_if_twice:
+        raise NotRenewable(f"fax {fax_id} was sent again already, as {renewed}; --even-if-twice repeats that")
     row = unit.connection.execute(_DOCUMENT_OF, {"mail_id": old.mail_id}).one()
     if row.purged_at is not None:
         raise NotRenewable(f"the document of fax {fax_id} has been purged; it must be mailed again")
@@ -119,6 +120,15 @@ def renew(unit: Unit, fax_id: str, *, even_if_twice: bool) -> Fax:
     turn = _turn(unit, row.sender, 1)
     unit.connection.execute(_ADD_FAX, fax_values(fax) | {"turn": turn, "lease_until": 0.0})
     return fax
+
+
+def _may_have_arrived(fax: Fax) -> bool:
+    return fax.state is State.DELIVERED or any(
+        attempt.open
+        or attempt.end in {End.DELIVERED, End.OVERRULED}
+        or (attempt.end is End.FAILED and lookup(attempt.reason).kind is Kind.CONTRADICTION)
+        for attempt in fax.attempts
+    )
 
 
 # --- parts -----------------------------------------------------------------------------------------
@@ -131,6 +141,11 @@ _DOCUMENT_OF = (
     sa.select(s.documents.c.purged_at, s.mails.c.sender)
     .join_from(s.mails, s.documents, s.mails.c.document_id == s.documents.c.id)
     .where(s.mails.c.id == sa.bindparam("mail_id"))
+)
+_RENEWED = sa.select(s.faxes.c.id).where(
+    s.faxes.c.mail_id == sa.bindparam("mail_id"),
+    s.faxes.c.renews == sa.bindparam("fax_id"),
+    s.faxes.c.state.not_in(["failed", "cancelled"]),
 )
 _COUNT_FAXES = (
     sa.select(sa.func.count()).select_from(s.faxes).where(s.faxes.c.mail_id == sa.bindparam("mail_id"))

@@ -51,11 +51,24 @@ _CAUSE = sa.select(s.outbox.c.cause).where(s.outbox.c.id == sa.bindparam("entry_
 
 
 def claim_notices(unit: Unit, most: int) -> list[OutboxEntry]:
-    """Return mails that are due, leased to the caller."""
+    """Return mails that are due, leased to the caller. A "still trying" that its end overtook is dropped."""
     rows = unit.connection.execute(_DUE, {"now": unit.now, "most": most}).all()
     for row in rows:
         unit.connection.execute(_LEASE, {"entry_id": row.id, "until": unit.now + NOTICE_LEASE})
-    return [_entry(unit, row) for row in rows]
+    entries = [_entry(unit, row) for row in rows]
+    due = []
+    for entry in entries:
+        if entry.notice is Notice.DELAYED and entry.fax is not None and entry.fax.final:
+            values = {
+                "entry_id": entry.id,
+                "held": entry.fence,
+                "at": unit.now,
+                "why": "overtaken by the end",
+            }
+            unit.connection.execute(_GIVEN_UP, values)
+        else:
+            due.append(entry)
+    return due
 
 
 def _entry(unit: Unit, row: Row[Any]) -> OutboxEntry:

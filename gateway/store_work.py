@@ -356,7 +356,7 @@ _ASK_SENDING = (
 )
 
 
-def take_over(unit: Unit) -> int:
+def take_over(unit: Unit, from_number: str) -> int:
     """Take over from a gateway that stopped: what it was about to send is in doubt; ask about the rest.
 
     Mails that wait for the relay are tried at once: whoever corrected its address restarts.
@@ -365,6 +365,8 @@ def take_over(unit: Unit) -> int:
     for fax_id in ids:
         attempt = load(unit.connection, fax_id).attempts[-1]
         apply(unit, fax_id, Doubted(attempt.id, "the gateway stopped"))
+    stale = s.brakes.c.scope.not_in(["account", from_number])  # holds of a number that we no longer send from
+    unit.connection.execute(s.brakes.delete().where(stale))
     unit.connection.execute(_ASK_ALL)
     unit.connection.execute(_ASK_SENDING, {"at": unit.now})
     unit.connection.execute(s.outbox.update().where(PENDING).values(lease_until=0.0, due_at=unit.now))

@@ -122,7 +122,7 @@ class Doorway:
     async def _readiness(self, counts: Counts) -> web.Response:
         holds = [{"kind": brake.kind, "cause": brake.cause} for brake in counts.brakes]
         ready = self._ready()
-        body = {"status": "ready" if ready else "stopping", "holds": holds, "overdue": counts.overdue}
+        body = {"status": "ready" if ready else "not taking mail", "holds": holds, "overdue": counts.overdue}
         return web.json_response(body, status=200 if ready else 503)
 
     async def scrape(self, _request: web.Request) -> web.Response:

@@ -15,7 +15,7 @@ from gateway.config import Settings
 from gateway.database import Database
 from gateway.records import Rules
 from gateway.store import Store
-from gateway.store_apply import Change
+from gateway.store_apply import News
 
 POLL_WITHOUT_WEBHOOKS = 30.0  # seconds to the first question when no event will come
 POLL_PAGE = 90.0  # seconds more for each page: transmission takes over a minute a page
@@ -52,7 +52,7 @@ def open_store(
     *,
     serve: bool,
     news: Callable[[], None] = lambda: None,
-    observe: Callable[[Change], None] | None = None,
+    observe: Callable[[News], None] | None = None,
 ) -> Store:
     """Open the store; only with `serve` is it created or upgraded. Raises WrongDatabase."""
     database = Database(settings.store.url, news)

@@ -16,12 +16,13 @@ import pytest
 import sqlalchemy as sa
 from faxes import APPLICATION, FROM, NOW, NUMBER, RULES
 
+from gateway import store_apply
 from gateway.carrier import CarrierEvent
 from gateway.database import Database
 from gateway.doubt import Sighting
-from gateway.records import Begun, Event, Fax, ReceivedMail, Report, Rules, Stage, State, Taken
+from gateway.records import Alert, Begun, Event, Fax, ReceivedMail, Report, Rules, Stage, State, Taken
 from gateway.store import Store
-from gateway.store_apply import Change
+from gateway.store_apply import Change, News
 from gateway.store_intake import CHUNK, Accepted, Paper, Submission
 from gateway.store_work import CallSettings, Fate
 
@@ -50,12 +51,21 @@ class TriedStore(Store):
     def __init__(self, url: str, *, rules: Rules = RULES, serve: bool = True) -> None:
         self.url = url
         self.clock = Clock()
-        self.changes: list[Change] = []
+        self.news: list[News] = []
         self.database = Database(url, busy_timeout=1.0)
         self.database.open(serve=serve)
         super().__init__(
-            self.database, clock=self.clock, rules=rules, postmaster=POSTMASTER, observe=self.changes.append
+            self.database, clock=self.clock, rules=rules, postmaster=POSTMASTER, observe=self.news.append
         )
+
+    @property
+    def changes(self) -> list[Change]:
+        """Every change of a fax so far."""
+        return [news for news in self.news if isinstance(news, Change)]
+
+    async def alert(self, alert: Alert) -> None:
+        """Queue a mail to the postmaster."""
+        await self._do(store_apply.alert, alert)
 
     async def mail_in(
         self,
@@ -205,3 +215,12 @@ async def store(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Asy
     tried = TriedStore(sqlite_url(tmp_path))
     yield tried
     await tried.close()
+
+
+async def purged(store: TriedStore, keep_documents: float, keep_records: float) -> int:
+    """Throw away everything that is over, as the caretaker does in turns; return how many went."""
+    gone = 0
+    while some := await store.purge(keep_documents, keep_records):
+        gone += some
+    await store.give_space_back()
+    return gone

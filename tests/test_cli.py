@@ -91,7 +91,8 @@ async def test_a_wrong_configuration_is_told_key_by_key(tmp_path: Path, command:
     code, output, errors = await _run(command, *extra, "--config", str(config))
     assert (code, output) == (78, "")
     keys = {line.partition(":")[0] for line in errors.splitlines()}
-    assert keys >= {"telnyx.api_kee", "telnyx.api_key", "telnyx.quality", "smtp.listen", "replies.postmaster"}
+    assert keys >= {"telnyx.api_kee", "telnyx.quality", "smtp.listen", "replies.postmaster"}
+    assert ("telnyx.api_key" in keys) == (command in {"check", "serve"})  # the others need no secret
 
 
 async def test_a_missing_configuration_is_named(tmp_path: Path) -> None:
@@ -169,7 +170,10 @@ async def test_a_second_daemon_is_refused(tmp_path: Path, w: World) -> None:
 
 async def test_check_says_that_the_configuration_is_good(w: World) -> None:
     """`check` says so; with `--online` the carrier is asked about key and application; nothing is sent."""
-    assert await w.gateway.run("check") == (0, "configuration: good\n", "")
+    code, output, errors = await w.gateway.run("check")
+    assert (code, errors) == (0, "")
+    assert output.startswith("warning: telnyx.doubt_checks: ends before 270 s")  # the tests' are short
+    assert output.endswith("\nconfiguration: good\n")
     calls = len(w.posts)
     code, output, _ = await w.gateway.run("check", "--online")
     assert code == 0
@@ -203,6 +207,38 @@ async def test_send_goes_through_the_door(w: World, tmp_path: Path) -> None:
         (65, ["554", "5.6.0"]),
         (65, ["550", "5.7.1"]),
     ]
+
+
+async def test_send_dials_the_number_as_it_was_written(w: World, tmp_path: Path) -> None:
+    """Parentheses belong to the number: read as a comment they would make it another city's."""
+    document = tmp_path / "letter.pdf"
+    document.write_bytes(paper())
+    for written in ("+49(40)30123456", "+49 (40) 30123456"):
+        code, _, errors = await w.gateway.run(
+            "send", str(document), "--to", written, "--from", "clerk@example.com"
+        )
+        assert code == 65
+        assert "+494030123456 is in the region DE" in errors
+
+
+async def test_the_queue_can_be_looked_at_without_the_secrets(w: World, tmp_path: Path) -> None:
+    """Operators run commands outside the unit that has the credentials; only the daemon needs them."""
+    config = tmp_path / "config.toml"
+    config.write_text(re.sub(r"api_key = .*\n", "", w.gateway.config.read_text()))
+    assert (await _run("list", "--config", str(config)))[0] == 0
+    code, _, errors = await _run("check", "--config", str(config))
+    assert (code, errors.partition(":")[0]) == (78, "telnyx.api_key")
+
+
+async def test_explain_knows_the_configured_waits(tmp_path: Path) -> None:
+    """The plan is the one of the configuration in force, cut at `retries.max_calls`."""
+    config = tmp_path / "config.toml"
+    config.write_text(
+        '[telnyx]\napi_key = "KEY0"\nconnection_id = "1"\nfrom_number = "+13127367276"\n'
+        '[replies]\npostmaster = "a@example.com"\n[retries]\nbusy = ["7m", "8m", "9m"]\nmax_calls = 3\n'
+    )
+    config.chmod(0o600)
+    assert "after 7 min, 8 min\n" in (await _run("explain", "user_busy", "--config", str(config)))[1]
 
 
 async def test_a_daemon_that_is_down_is_told(w: World, tmp_path: Path) -> None:
@@ -291,6 +327,19 @@ async def test_what_cannot_be_done_is_an_error_of_the_data(w: World) -> None:
         assert code == 65
         assert errors.startswith("fax-gateway: ")
     assert len(w.mailbox.about(fax_id)) == 1
+
+
+async def test_one_fax_that_cannot_does_not_spare_the_others_of_its_mail(w: World) -> None:
+    """`cancel` of a mail whose first fax has ended still cancels the rest, and says how many."""
+    done, waiting = next(FREE), next(FREE)
+    w.carrier.set_script({waiting: ["receiver_no_answer"]})
+    mail_id = await w.mail(done, waiting)
+    await w.reply(f"{mail_id}-1", "delivered")
+    await until(lambda: w.gateway.said("fax_requeued", fax=f"{mail_id}-2"), "the second to wait")
+    code, output, errors = await w.gateway.run("cancel", mail_id)
+    assert (code, output) == (65, f"{mail_id}-2: cancelled\n")
+    assert "done to 1 of 2 faxes" in errors
+    await w.reply(f"{mail_id}-2", "cancelled")
 
 
 async def test_an_open_call_is_cancelled_at_the_carrier(w: World) -> None:

@@ -18,7 +18,8 @@ import pytest
 from harness import SENDER, World, letter, until, world
 from papers import locked, paper
 
-DOC = Path(__file__).parents[1] / "docs" / "mail-servers.md"
+PAGES = ("README.md", "docs/mail-servers.md")
+"""The pages that show the lines for Postfix: they are run here as they stand there."""
 NUMBER = "+13125550100"
 TO = f"{NUMBER}@fax.local"
 
@@ -138,9 +139,10 @@ smtp_tls_security_level = none
 """
 
 
-def documented(what: str) -> str:
-    """Return the lines that the documentation gives for one file of Postfix's."""
-    (block,) = re.findall(rf"```\w+\n# postfix: {re.escape(what)}\n(.*?)```", DOC.read_text(), re.DOTALL)
+def documented(page: str, file: str) -> str:
+    """Return the lines that a page gives for one of Postfix's files."""
+    text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8")
+    (block,) = re.findall(rf"<!-- postfix-{re.escape(file)} -->\n```\n(.*?)```", text, re.DOTALL)
     return str(block)
 
 
@@ -151,7 +153,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def set_up(w: World, networks: str, port: int) -> Path:
+def set_up(w: World, page: str, networks: str | None, port: int) -> Path:
     """Write a configuration of Postfix with the documentation's lines; return its folder.
 
     Only addresses are changed: the folder, the gateway's port and, if the test wants it, `mynetworks`.
@@ -159,10 +161,11 @@ def set_up(w: World, networks: str, port: int) -> Path:
     # Not in tmp_path, which is closed to the user that Postfix's processes run as.
     folder = Path(tempfile.mkdtemp(prefix="postfix-"))
     folder.chmod(0o755)
-    lines = documented("main.cf").replace("/etc/postfix/", f"{folder}/")
-    assert "mynetworks = 127.0.0.0/8\n" in lines
-    lines = lines.replace("127.0.0.0/8", networks)
-    route = documented("transport").replace("[127.0.0.1]:2525", f"[127.0.0.1]:{w.gateway.smtp_port}")
+    lines = documented(page, "main.cf").replace("/etc/postfix/", f"{folder}/")
+    if networks is not None:
+        lines, changed = re.subn(r"(?m)^mynetworks = .*$", f"mynetworks = {networks}", lines)
+        assert changed == 1
+    route = documented(page, "transport").replace("[127.0.0.1]:2525", f"[127.0.0.1]:{w.gateway.smtp_port}")
     assert str(w.gateway.smtp_port) in route
     (folder / "main.cf").write_text(MAIN.format(folder=folder, relay=w.mailbox.port) + lines)
     (folder / "master.cf").write_text(MASTER.format(port=port))
@@ -174,10 +177,10 @@ def set_up(w: World, networks: str, port: int) -> Path:
 
 
 @contextlib.asynccontextmanager
-async def postfix(w: World, networks: str = "127.0.0.0/8") -> AsyncIterator[int]:
-    """Run a Postfix with the documentation's lines beside the gateway; yield its port."""
+async def postfix(w: World, page: str, networks: str | None = None) -> AsyncIterator[int]:
+    """Run a Postfix with a page's lines beside the gateway; yield its port."""
     port = free_port()
-    folder = await asyncio.to_thread(set_up, w, networks, port)
+    folder = await asyncio.to_thread(set_up, w, page, networks, port)
     process = await asyncio.create_subprocess_exec(
         "postfix", "-c", str(folder), "start-fg",
         stdin=asyncio.subprocess.DEVNULL,
@@ -220,7 +223,7 @@ needs_postfix = pytest.mark.skipif(
 @needs_postfix
 async def test_postfix_relays_faxes_and_brings_refusals_back(tmp_path: Path) -> None:
     """A user of Postfix faxes by mail; what the gateway refuses comes back as Postfix's bounce."""
-    async with world(tmp_path) as w, postfix(w) as port:
+    async with world(tmp_path) as w, postfix(w, PAGES[0]) as port:
         await asyncio.to_thread(hand_over, port, letter(NUMBER), TO)
         (line,) = await until(lambda: w.gateway.said("mail_accepted"), "the fax to come from Postfix")
         assert (await w.reply(f"{line['mail']}-1"))["X-Fax-Outcome"] == "delivered"
@@ -247,9 +250,10 @@ async def test_postfix_relays_faxes_and_brings_refusals_back(tmp_path: Path) -> 
 
 
 @needs_postfix
-async def test_postfix_lets_no_stranger_in(tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", PAGES)
+async def test_postfix_lets_no_stranger_in(tmp_path: Path, page: str) -> None:
     """Who is not in Postfix's `mynetworks` cannot fax through it, while those who are can."""
-    async with world(tmp_path) as w, postfix(w, networks="127.0.0.1/32") as port:
+    async with world(tmp_path) as w, postfix(w, page, "127.0.0.1/32") as port:
         with pytest.raises(smtplib.SMTPRecipientsRefused) as refused:
             await asyncio.to_thread(hand_over, port, letter(NUMBER), TO, "127.0.0.2")
         assert refused.value.recipients[TO] == (554, f"5.7.1 <{TO}>: Relay access denied".encode())

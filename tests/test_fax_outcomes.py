@@ -383,7 +383,7 @@ def test_delay_is_told_once() -> None:
     [
         (Walk(), "gave_up_waiting"),
         (Walk().make(HOLD), "gave_up_waiting"),
-        (Walk().begin().make(rejected(Blame.SUSPECT)), "gave_up_waiting"),
+        (Walk().begin().make(rejected(Blame.SUSPECT)), "number_refused"),
         (Walk().fail("user_channel_limit_exceeded"), "user_channel_limit_exceeded"),
         (Walk().fail("user_busy").begin().make(not_taken()), "user_busy"),
         (at("held, contradiction"), "success"),

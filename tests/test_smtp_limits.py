@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import os
+import random
+import re
 import shutil
 import signal
 import smtplib
@@ -13,8 +15,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from aiosmtpd.smtp import Session as Peer
 from harness import SENDER, Gateway, World, letter, until, world
 from papers import mail, mail_of, multipart, paper, part, stream, text, written
+
+from gateway import smtp_session
+from gateway.smtp_session import MailEnvelope, Sessions, SmtpSession
 
 ENOUGH = 20.0
 
@@ -132,9 +138,7 @@ async def test_fifty_recipients_are_fifty_faxes(tmp_path: Path) -> None:
     """A mail may go to fifty numbers; the next is put off, with words that say what to do."""
     numbers = [f"+131255610{n:02}" for n in range(50)]
     async with world(tmp_path, call_time=0, telnyx={"channels": 16}) as w:
-        with pytest.raises(
-            smtplib.SMTPResponseException, match="50 a mail; send the rest in another one"
-        ) as put_off:
+        with pytest.raises(smtplib.SMTPResponseException, match="too many recipients: 50 a mail") as put_off:
             await w.mail(*numbers, "+13125561050")
         assert put_off.value.smtp_code == 452
         mail_id = await w.mail(*numbers)
@@ -201,6 +205,104 @@ async def test_client_that_does_not_read_loses_its_place(tmp_path: Path) -> None
                     return (await other.hear()).startswith("220 ")
 
             await until_true(welcome, "the deaf client's place to be free")
+
+
+class Wire(asyncio.Transport):
+    """A connection in memory, so that the server gets exactly the pieces that a test chooses."""
+
+    def __init__(self) -> None:
+        super().__init__({"peername": ("127.0.0.1", 25)})
+        self.said = b""
+        self.closed = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Keep an answer."""
+        self.said += data
+
+    def is_closing(self) -> bool:
+        """Tell whether it was closed."""
+        return self.closed
+
+    def close(self) -> None:
+        """Be closed."""
+        self.closed = True
+
+    def pause_reading(self) -> None:
+        """Go on all the same."""
+
+    def resume_reading(self) -> None:
+        """Go on."""
+
+
+class Taker:
+    """Takes every mail."""
+
+    content: bytes | None = None
+
+    async def handle_MAIL(  # noqa: N802 -- aiosmtpd's name
+        self, _server: SmtpSession, _session: Peer, envelope: MailEnvelope, address: str, _options: list[str]
+    ) -> str:
+        """Take the sender."""
+        envelope.mail_from = address
+        return "250 2.1.0 ok"
+
+    async def recipient(self, _session: Peer, envelope: MailEnvelope, raw: str) -> str:
+        """Take the recipient."""
+        envelope.rcpt_tos.append(raw)
+        return "250 2.1.5 ok"
+
+    def busy(self) -> None:
+        """Say that there is time."""
+
+    async def handle_DATA(self, server: SmtpSession, _session: Peer, envelope: MailEnvelope) -> str:  # noqa: N802
+        """Take the mail."""
+        server.begin_answer()
+        self.content = envelope.original_content
+        return "250 2.0.0 queued as m"
+
+
+async def test_mail_is_taken_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever dots and line ends a mail is made of and in what pieces it comes, no part counts as one."""
+    monkeypatch.setattr(smtp_session, "_MARGIN", 50)
+    monkeypatch.setattr(smtp_session, "_PATIENCE", 100)
+    dice = random.Random(4711)  # noqa: S311 -- chooses cases, not secrets
+    limit, refused = 200, 0
+    pieces = (b".", b"\r\n", b"\n", b"\r", b"a", b"..", b"\r\n.")
+
+    async def feed(data: bytes, *, turns: int = 12) -> None:
+        session.data_received(data)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+
+    for _ in range(500):
+        taker, wire = Taker(), Wire()
+        session = SmtpSession(taker, Sessions(1, 1), size_limit=limit, hostname="fax.test", timeout=300)
+        session.connection_made(wire)
+        for words in (b"EHLO a", b"MAIL FROM:<a@example.com>", b"RCPT TO:<b>", b"DATA"):
+            await feed(words + b"\r\n")
+        wire.said = b""
+        body = b"".join(dice.choice(pieces) for _ in range(dice.randrange(300))) + b"\r\n"
+        sent = re.sub(rb"(\A|\r\n)\.", rb"\1..", body)
+        rest = sent + b".\r\n"
+        while rest:
+            size = dice.choice((1, 2, 3, 5, 20, 100, 1000))
+            await feed(rest[:size], turns=dice.choice((0, 12)))
+            rest = rest[size:]
+        await feed(b"")
+        if len(sent) > limit:
+            refused += 1
+            assert taker.content is None, sent
+            assert wire.said == b"552 5.3.4 the mail is too large: 200 octets at most\r\n", sent
+        else:
+            assert taker.content == body
+            assert wire.said == b"250 2.0.0 queued as m\r\n", sent
+        assert not wire.closed
+        wire.said = b""
+        await feed(b"NOOP\r\n")
+        assert wire.said == b"250 2.0.0 ok\r\n", sent
+        session.connection_lost(None)
+        await asyncio.wait([session.conversation])
+    assert 100 < refused < 400
 
 
 # --- time --------------------------------------------------------------------------------------------------
@@ -300,8 +402,8 @@ async def test_fault_of_ours_puts_the_mail_off_without_its_words(tmp_path: Path)
         await asyncio.to_thread(shutil.rmtree, incoming)
         with pytest.raises(smtplib.SMTPResponseException) as caught:
             await w.mail("+13125560100")
-        assert caught.value.smtp_code == 452
-        assert caught.value.smtp_error == b"4.3.1 no space left here; try again later"
+        assert caught.value.smtp_code == 451
+        assert caught.value.smtp_error == b"4.3.0 the mail could not be examined now; try again later"
         (failed,) = await until(lambda: w.gateway.said("mail_failed"), "the fault in the log")
         assert failed["level"] == "error"
         assert "FileNotFoundError" in failed["error"]

@@ -345,8 +345,14 @@ async def test_mail_is_taken_while_relay_carrier_and_name_server_are_away(
             await again.send(s.data)
             assert await again.answer() == f"250 2.0.0 queued as {s.told}"
             again.close()
+            human = await Client.connect(gateway.smtp_port)
+            await human.begin("postmaster")
+            await human.send(b"Subject: Does nothing work?\r\n\r\n.\r\n")
+            assert (await human.answer()).startswith("250 2.0.0 queued as ")
+            human.close()
             silence.unlink()
             await s.logged("call_unavailable")
+            await s.logged("reply_deferred")
             assert await gateway.stop() == 0
             s.calm()
         s.afterwards = lambda: gateway.run("release", "--all")

@@ -141,14 +141,14 @@ async def test_a_document_goes_when_its_last_fax_is_over(
     await store.ended(fax_id, CancelAsked())
     await hindrance(store, fax_id)
     store.clock.now = NOW + DAY - 1
-    assert await store.purge(DAY, 99 * DAY) == 0
+    assert await stores.purged(store, DAY, 99 * DAY) == 0
     store.clock.now += 1
-    assert await store.purge(DAY, 99 * DAY) == (0 if kept else 1)
+    assert await stores.purged(store, DAY, 99 * DAY) == (0 if kept else 1)
     assert (await document_of(store, fax_id) is not None) is kept
     for open_fax in await store.list_faxes((), 9):
         await store.ended(open_fax.id, CancelAsked())
     store.clock.now += DAY
-    await store.purge(DAY, 99 * DAY)
+    await stores.purged(store, DAY, 99 * DAY)
     assert await document_of(store, fax_id) is None
 
 
@@ -158,13 +158,13 @@ async def test_a_document_waits_for_its_reply(store: TriedStore, given_up: bool)
     fax = await store.queued()
     await store.apply(fax.id, CancelAsked())
     store.clock.now += 3 * DAY
-    assert await store.purge(DAY, 99 * DAY) == 0
+    assert await stores.purged(store, DAY, 99 * DAY) == 0
     (entry,) = await store.claim_notices(9)
     if given_up:
         assert await store.notice_given_up(entry.id, entry.fence, "the relay was away")
     else:
         assert await store.notice_sent(entry.id, entry.fence)
-    assert await store.purge(DAY, 99 * DAY) == 1
+    assert await stores.purged(store, DAY, 99 * DAY) == 1
 
 
 async def test_a_purged_document_leaves_no_trace(store: TriedStore) -> None:
@@ -177,16 +177,16 @@ async def test_a_purged_document_leaves_no_trace(store: TriedStore) -> None:
     def size() -> int:
         return (folder / "gateway.db").stat().st_size
 
-    await store.purge(DAY, DAY)
+    await stores.purged(store, DAY, DAY)
     before = size()
     accepted = [await store.mail_in(number, document=SECRET * 20) for number in numbers(12)]
     for mail in accepted:
         await store.ended(mail.fax_ids[0], CancelAsked())
-    await store.purge(DAY, 99 * DAY)
+    await stores.purged(store, DAY, 99 * DAY)
     assert found() == ["gateway.db"]
     grown = size()
     store.clock.now += DAY
-    assert await store.purge(DAY, 99 * DAY) == 12
+    assert await stores.purged(store, DAY, 99 * DAY) == 12
     assert found() == []
     assert size() - before < (grown - before) / 100
     assert [line.state for line in await store.list_faxes(("cancelled",), 99)] == ["cancelled"] * 12
@@ -200,7 +200,7 @@ async def test_a_purge_goes_in_small_steps(store: TriedStore) -> None:
     await store.mail_out()
     store.clock.now += DAY
     with stores.overheard(store.database) as heard:
-        assert await store.purge(DAY, 99 * DAY) == 45
+        assert await stores.purged(store, DAY, 99 * DAY) == 45
     steps: list[int] = []  # documents thrown away in each transaction
     for sql, _ in heard:
         if sql == "BEGIN IMMEDIATE":
@@ -239,10 +239,10 @@ async def test_after_a_year_nothing_is_known_any_more(store: TriedStore) -> None
     full = await every_row(store)
     assert set(full) >= {"faxes", "attempts", "history", "outbox", "duplicates", "carrier_events", "turns"}
     store.clock.now += 365 * DAY - 1
-    assert await store.purge(DAY, 365 * DAY) == 1  # the document
+    assert await stores.purged(store, DAY, 365 * DAY) == 1  # the document
     assert (await store.fax(fax.id)).state is State.DELIVERED
     store.clock.now += 1
-    assert await store.purge(DAY, 365 * DAY) == 1  # the mail
+    assert await stores.purged(store, DAY, 365 * DAY) == 1  # the mail
     assert await every_row(store) == {"turns": 1}  # the turn that is being served: nobody's
     assert await store.rows("SELECT sender FROM turns") == [("",)]
 
@@ -255,7 +255,7 @@ async def test_records_stay_while_something_is_open(store: TriedStore) -> None:
     await store.apply(untold.id, CancelAsked())
     await store.alert(Alert("call_stuck", "A call."))
     store.clock.now += 400 * DAY
-    assert await store.purge(DAY, 365 * DAY) == 0
+    assert await stores.purged(store, DAY, 365 * DAY) == 0
     assert (await store.fax(held.id)).held_for is not None
     assert {entry.recipient for entry in await store.claim_notices(9)} == {SENDER, POSTMASTER}
     assert await document_of(store, untold.id) == stores.DOCUMENT
@@ -269,10 +269,10 @@ async def test_a_mail_stays_for_its_youngest_fax(store: TriedStore) -> None:
     store.clock.now += DAY
     await store.ended(again.id, CancelAsked())
     store.clock.now += 9 * DAY
-    assert await store.purge(DAY, 10 * DAY) == 1  # the document
+    assert await stores.purged(store, DAY, 10 * DAY) == 1  # the document
     assert await store.fax_ids_of(fax.mail_id) == [fax.id, again.id]
     store.clock.now += DAY
-    assert await store.purge(DAY, 10 * DAY) == 1
+    assert await stores.purged(store, DAY, 10 * DAY) == 1
     assert await store.fax_ids_of(fax.mail_id) == []
 
 
@@ -280,8 +280,8 @@ async def test_foreign_events_go_after_a_month(store: TriedStore) -> None:
     """Events of faxes that are not ours do not pile up."""
     await store.webhook(reported("c9", Stage.DIALLED))
     store.clock.now += 30 * DAY - 1
-    await store.purge(DAY, 365 * DAY)
+    await stores.purged(store, DAY, 365 * DAY)
     assert (await store.count()).parked == 1
     store.clock.now += 1
-    await store.purge(DAY, 365 * DAY)
+    await stores.purged(store, DAY, 365 * DAY)
     assert (await store.count()).parked == 0

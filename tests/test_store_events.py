@@ -69,7 +69,7 @@ async def test_an_event_before_the_answer_waits_for_it(store: TriedStore) -> Non
         assert await store.remember_event(reported("c1", stage)) == (Fate.PARKED, None)
     assert (await store.count()).parked == 2
     assert (await store.fax(fax.id)).state is State.SUBMITTING
-    store.changes.clear()
+    store.news.clear()
     assert (await store.taken(fax, "c1")).state is State.DELIVERED
     assert events_of(store.changes) == ["Taken", "Reported", "Reported"]
     assert (await store.count()).parked == 0

@@ -31,7 +31,7 @@ VERBS: dict[str, Verb] = {
     "event of nobody": lambda store: store.webhook(reported("c10", Stage.DIALLED)),
     "time": lambda store: store.pass_time(),
     "sweep": lambda store: store.sweep_parked(),
-    "take over": lambda store: store.take_over(),
+    "take over": lambda store: store.take_over(FROM),
     "claim notices": lambda store: store.claim_notices(3),
     "accept": lambda store: store.mail_in(message_id="<9>", window=DAY),
     "list": lambda store: store.list_faxes((), 50),

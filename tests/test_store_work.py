@@ -247,12 +247,12 @@ async def test_a_restart_doubts_what_was_being_sent(store: TriedStore) -> None:
     await store.hold_all()
     await store.alert(Alert("store_full", "The disk is full."))
     assert len(await store.claim_notices(9)) == 1
-    assert await store.take_over() == 1
+    assert await store.take_over(FROM) == 1
     assert (await store.fax(fax.id)).state is State.IN_DOUBT
-    assert await store.take_over() == 0
+    assert await store.take_over(FROM) == 0
     (mail,) = await store.claim_notices(9)
     assert await store.notice_deferred(mail.id, mail.fence, store.clock.now + DAY, "wrong address")
-    await store.take_over()  # with the relay's address corrected
+    await store.take_over(FROM)  # with the relay's address corrected
     assert len(await store.claim_notices(9)) == 1
     assert [asked.number for asked in await store.claim_questions(9)] == [OTHER]
 
@@ -265,7 +265,7 @@ async def test_a_verdict_on_an_old_fax_changes_nothing(store: TriedStore) -> Non
     await store.queued()
     fax = await store.claimed()
     doubt = await store.apply(fax.id, Doubted(newest(fax), "timeout"))
-    store.changes.clear()
+    store.news.clear()
     first = await store.apply(fax.id, Unanswered(newest(fax)), version=doubt.version)
     assert first.version == doubt.version + 1
     second = await store.apply(fax.id, Absent(newest(fax)), version=doubt.version)

@@ -182,7 +182,7 @@ async def test_several_pdfs_are_one_fax_in_their_order(w: World) -> None:
 
 
 async def test_a_fax_of_twenty_megabytes_arrives_unchanged(w: World) -> None:
-    """A document of the greatest size goes the whole way, octet for octet, and others are not held up."""
+    """A document of the greatest size goes the whole way, octet for octet, beside a small one."""
     number, other = next(FREE), next(FREE)
     data = heavy(19_900_000)
     assert 19_900_000 < len(data) <= 20_000_000

@@ -434,7 +434,7 @@ async def test_hold_is_told_and_stopping_is_not_ready(tmp_path: Path) -> None:
         await until(lambda: w.gateway.said("stopping"), "the stop to begin")
         ready = await visitor.ask("GET", READY)
         assert ready.status == 503
-        assert json.loads(ready.body)["status"] == "stopping"
+        assert json.loads(ready.body)["status"] == "not taking mail"
         writer.write(b"Subject: the last\r\n\r\none\r\n.\r\n")
         assert (await reader.readline()).startswith(b"250 2.0.0 queued as ")
         writer.close()
