@@ -262,7 +262,7 @@ async def _http(
         ready=ready,
     )
     application = doorway.application(settings.http.webhook_path)
-    runner = web.AppRunner(application, access_log=None, handle_signals=False, keepalive_timeout=15.0)
+    runner = web.AppRunner(application, handle_signals=False)
     await runner.setup()
     try:
         if runner.server is None:

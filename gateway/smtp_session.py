@@ -21,6 +21,8 @@ from aiosmtpd.smtp import Session as Peer
 from gateway.address import Refusal
 from gateway.log import get_logger
 
+MOST_OCTETS = 512_000_000
+"""What all mails may hold in memory together before new ones are put off."""
 COMMAND_LIMITS = {"NOOP": 100, "HELP": 20, "VRFY": 20, "EXPN": 20, "HELO": 50, "EHLO": 50, "*": 100_000}
 """How often a session may give each command; the last is for those that carry mail."""
 SESSION_LIMIT = 3600.0
@@ -118,6 +120,11 @@ class Sessions:
             if not self._hosts[host]:
                 del self._hosts[host]
 
+    @property
+    def octets(self) -> int:
+        """What the mails that are coming in hold in memory."""
+        return sum(session.received for session in self.open if session.in_data)
+
     async def finish(self, seconds: float) -> None:
         """Turn away who is not in the middle of a mail's DATA, and after `seconds` who still sends.
 
@@ -158,7 +165,7 @@ class SmtpSession(SMTP):
         self._sessions = sessions
         self._host = ""
         self._over: asyncio.TimerHandle | None = None
-        self._received = 0
+        self.received = 0
         self._begun = 0.0
         self._ended = False
         self._tail = b""
@@ -225,12 +232,12 @@ class SmtpSession(SMTP):
         if not self.in_data or self.answering or self._ended:
             super().data_received(data)
             return
-        room = max(0, self.data_size_limit + _MARGIN - self._received)
-        self._received += len(data)
+        room = max(0, self.data_size_limit + _MARGIN - self.received)
+        self.received += len(data)
         # aiosmtpd's time limit is for the whole of a mail: what comes in steadily gets more of it.
-        left = self._begun + self._timeout_duration + self._received / SLOWEST - self.loop.time()
+        left = self._begun + self._timeout_duration + self.received / SLOWEST - self.loop.time()
         self._reset_timeout(max(0.001, min(self._timeout_duration, left)))
-        if self._received > _PATIENCE * self.data_size_limit:
+        if self.received > _PATIENCE * self.data_size_limit:
             self._log_too_large()
             self.turn_away(self._too_large(), linger=True)
             return
@@ -272,9 +279,12 @@ class SmtpSession(SMTP):
     async def handle_exception(self, error: Exception) -> str:
         """Answer a fault of ours: temporary, without its words."""
         log.error("task_failed", task="smtp", error=repr(error), exc_info=error)
-        if self.in_data and self.transport is not None:
-            self.loop.call_soon(self.turn_away, "421 4.3.0 closing after a fault")
-        return "451 4.3.0 a fault here; try again later"
+        answer = "451 4.3.0 a fault here; try again later"
+        if self.in_data:
+            self.turn_away(answer, linger=True)
+            # Ends the conversation here and now: octets that are read already must not run as commands.
+            raise asyncio.CancelledError
+        return answer
 
     # --- commands -------------------------------------------------------------------------------------------
 
@@ -314,10 +324,15 @@ class SmtpSession(SMTP):
     async def smtp_DATA(self, arg: str | None) -> None:  # noqa: N802
         """Refuse before the bytes come if nobody can look at them; else go aiosmtpd's way, counted."""
         busy = self._mail_handler.busy() if self.envelope.rcpt_tos else None
+        if busy is None and self._sessions.octets > MOST_OCTETS:
+            log.error(
+                "mail_failed", peer=self._host, answer="451 4.3.2", error="too many large mails at once"
+            )
+            busy = "451 4.3.2 too much to do here; try again later"
         if busy is not None:
             await self.push(busy)
             return
-        self._received, self._begun = 0, self.loop.time()
+        self.received, self._begun = 0, self.loop.time()
         self._tail, self._tail_kept, self._ended = b"", 0, False
         self.in_data = True
         await super().smtp_DATA(arg)
@@ -340,7 +355,7 @@ class SmtpSession(SMTP):
 
     def _worded(self, status: str) -> str:
         if status.startswith(("552 Error: Too much", "500 Line too long")):
-            if self._received > self.data_size_limit:
+            if self.received > self.data_size_limit:
                 self._log_too_large()
                 return self._too_large()
             log.info(

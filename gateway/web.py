@@ -167,7 +167,7 @@ def connection_factory(server: web.Server) -> Callable[[], asyncio.Protocol]:
         if len(server.connections) >= MOST_CONNECTIONS:
             return _Closed()
         loop = asyncio.get_running_loop()
-        handler = _Connection(server, loop=loop, keepalive_timeout=KEEPALIVE)
+        handler = _Connection(server, loop=loop, keepalive_timeout=KEEPALIVE, access_log=None)  # type: ignore[arg-type]  # None: no log
         loop.call_later(CONNECTION_LIMIT, handler.close)
         return handler
 
