@@ -69,7 +69,12 @@ async def served(
     finally:
         for conversation in opened:
             conversation.writer.close()
+            with contextlib.suppress(OSError):
+                await conversation.writer.wait_closed()
         server.close()
+        async with asyncio.timeout(20):
+            while sessions.open:  # noqa: ASYNC110 -- each ends in its own task
+                await asyncio.sleep(0)
 
 
 class Conversation:
