@@ -271,7 +271,9 @@ class SmtpSession(SMTP):
 
     def eof_received(self) -> bool | None:
         """Keep the way back open while an answer is being made; aiosmtpd would cancel its making."""
-        if self.answering and not self._leaving:
+        if self._leaving:
+            return False  # both sides are done: close
+        if self.answering:
             self._half_closed = True
             return True
         return super().eof_received()
