@@ -363,7 +363,7 @@ def _observe(metrics: Metrics, news: News) -> None:
             _observe_change(metrics, news.before, news.after)
         case Alert(cause):
             metrics.alert(cause)
-            log.warning("alert_queued", cause=cause, text=news.text)
+            log.warning("alert_raised", cause=cause, text=news.text)
         case Brake(kind, scope, cause):
             where = "account" if scope == "account" else "number"
             log.warning("account_held", kind=kind, scope=where, cause=cause)

@@ -64,7 +64,7 @@ EVENTS: Mapping[str, str] = MappingProxyType(
         "reply_sent": "fax, kind, recipient, relay: the relay took it",
         "reply_deferred": "fax, kind, error, due: the relay did not take it yet; due is the next try",
         "reply_given_up": "fax, kind, error: refused for good, or too old",
-        "alert_queued": "cause, text: a mail to the postmaster went into the outbox",
+        "alert_raised": "cause, text: the postmaster is told, by mail once a day for each cause",
         # What works for all of these
         "child_failed": "fax, cause: a child process was killed or died over a document",
         "store_failed": "verb, fax, error: the database did not do it",

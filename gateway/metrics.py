@@ -68,7 +68,7 @@ class Metrics:
         self._replies = _counter(
             registry, "replies", "Mails handed to the relay, or tried.", kind=ReplyKind, result=ReplyResult
         )
-        self._alerts = _counter(registry, "alerts", "Mails to the postmaster, by cause.", cause=AlertCause)
+        self._alerts = _counter(registry, "alerts", "Alerts to the postmaster, by cause.", cause=AlertCause)
         self._accept = Histogram(
             "fax_gateway_accept_seconds",
             "From the final dot of a mail to the answer.",

@@ -336,22 +336,22 @@ def _carry_out(unit: Unit, fax: Fax, event: Event, effect: Effect) -> None:
 def post(
     unit: Unit, entry_id: str, recipient: str, *, fax_id: str | None = None, notice: str | None = None,
     cause: str | None = None, payload: bytes | None = None,
-) -> bool:  # fmt: skip
-    """Put one mail into the outbox; False when it was there: a second one of the same id is the same mail."""
+) -> None:  # fmt: skip
+    """Put one mail into the outbox; a second one of the same id is the same mail."""
     values = {
         "id": entry_id, "fax_id": fax_id, "notice": notice, "cause": cause, "recipient": recipient,
         "payload": payload, "queued_at": unit.now, "due_at": unit.now, "lease_until": 0.0, "fence": 0,
         "tries": 0, "error": "",
     }  # fmt: skip
     insert = upsert(unit.connection, s.outbox).values(values).on_conflict_do_nothing()
-    return unit.connection.execute(insert.returning(s.outbox.c.id)).first() is not None
+    unit.connection.execute(insert)
 
 
 def alert(unit: Unit, effect: Alert) -> None:
     """Queue the postmaster's mail: one for each cause and day (UTC)."""
     entry_id = f"alert.{effect.cause}.{datetime.fromtimestamp(unit.now, UTC).date().isoformat()}"
-    if post(unit, entry_id, unit.postmaster, cause=effect.cause, payload=effect.text.encode()):
-        unit.news.append(effect)
+    post(unit, entry_id, unit.postmaster, cause=effect.cause, payload=effect.text.encode())
+    unit.news.append(effect)  # a log line and the metric each time
 
 
 def _brake(unit: Unit, brake: Brake) -> None:

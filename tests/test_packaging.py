@@ -169,7 +169,9 @@ def test_install_upgrade_and_uninstall_below_another_root(tmp_path: Path) -> Non
     command = first / "bin" / "fax-gateway"
     link = (stage / "usr/local/bin/fax-gateway").readlink()
     assert str(link) == "/opt/email-fax-gateway/venv/bin/fax-gateway"
-    assert command.read_text().splitlines()[0] == f"#!/opt/email-fax-gateway/{first.name}/bin/python"
+    launcher = "".join(command.read_text().splitlines()[:2])  # two lines where the path is a long one
+    assert f"/opt/email-fax-gateway/{first.name}/bin/python" in launcher
+    assert str(stage) not in launcher
     assert not (first / "build").exists()
     shown = run(str(first / "bin/python"), "-I", "-m", "gateway", "--help", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
