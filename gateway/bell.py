@@ -11,6 +11,14 @@ Fails: never.
 import asyncio
 import contextlib
 import time
+from typing import Protocol
+
+
+class Wake(Protocol):
+    """What a loop waits with."""
+
+    async def wait(self, timeout: float) -> None:  # noqa: ASYNC109 -- running out is the normal case
+        """Return on a ring or after `timeout` seconds."""
 
 
 class Bell:

@@ -21,7 +21,7 @@ from gateway.cli import EX_CONFIG, EX_DATAERR, EX_TEMPFAIL, EX_USAGE, Config, en
 if TYPE_CHECKING:
     from gateway.records import Event
     from gateway.store import Store
-    from gateway.store_desk import Counts, File, Listed
+    from gateway.store_desk import Counts, Dossier, Listed
 
 T = TypeVar("T")
 
@@ -97,7 +97,7 @@ def show(fax_id: Name, config: Config = None, as_json: Json = False) -> None:
     Example: fax-gateway show 1m7yp667vw0v3-1
     """
 
-    async def ask(store: "Store") -> "list[File]":
+    async def ask(store: "Store") -> "list[Dossier]":
         return [await store.show(name) for name in await _names(store, fax_id)]
 
     files = _run(config, ask)
@@ -109,13 +109,13 @@ def show(fax_id: Name, config: Config = None, as_json: Json = False) -> None:
             typer.echo(line)
 
 
-def _file_values(file: "File") -> dict[str, Any]:
+def _file_values(file: "Dossier") -> dict[str, Any]:
     values = dataclasses.asdict(file)
     values["mail"].pop("original_headers")
     return values
 
 
-def _file_lines(file: "File") -> Iterable[str]:
+def _file_lines(file: "Dossier") -> Iterable[str]:
     fax, mail = file.fax, file.mail
     yield f"fax       {fax.id}" + (f" (renews {fax.renews})" if fax.renews else "")
     yield f"state     {fax.state}" + (f" ({fax.held_for}: {fax.held_detail})" if fax.held_for else "")

@@ -33,9 +33,9 @@ from gateway.database import folder_of
 from gateway.dispatch import Dispatcher
 from gateway.log import get_logger
 from gateway.metrics import Metrics
-from gateway.notify import Relay
 from gateway.prepare import COMMAND, Preparer
 from gateway.records import Alert, Brake, Fax, State
+from gateway.relay import Relay
 from gateway.smtp import MailDoor, session_factory
 from gateway.smtp_session import Sessions
 from gateway.store import Store

@@ -15,8 +15,8 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Awaitable, Callable
-from typing import Protocol
 
+from gateway.bell import Wake
 from gateway.carrier import (
     Call,
     Carrier,
@@ -61,13 +61,6 @@ _SWEEP_EVERY = 15.0
 _STILL_OPEN = 120.0  # seconds until a retry looks again at a call that should have ended
 
 log = get_logger()
-
-
-class Wake(Protocol):
-    """What a loop waits with."""
-
-    async def wait(self, timeout: float) -> None:  # noqa: ASYNC109 -- running out is the normal case
-        """Return on a ring or after `timeout` seconds."""
 
 
 class Dispatcher:

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Protocol
 
+from gateway.bell import Wake
 from gateway.compose import Letterhead, compose
 from gateway.database import StoreError
 from gateway.log import get_logger
@@ -57,13 +58,6 @@ class Outbox(Protocol):
 
     async def document(self, document_id: str) -> bytes | None:
         """Return a document, None once purged."""
-
-
-class Wake(Protocol):
-    """What the loop waits with."""
-
-    async def wait(self, timeout: float) -> None:  # noqa: ASYNC109 -- running out is the normal case
-        """Return on a ring or after `timeout` seconds."""
 
 
 async def run(

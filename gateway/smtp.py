@@ -25,7 +25,7 @@ from gateway.address import Policy, Refusal, split_rcpt
 from gateway.children import ChildFailed
 from gateway.database import StoreError, StoreFull
 from gateway.log import get_logger
-from gateway.message import MailRefused
+from gateway.message import MAX_HOPS, MailRefused
 from gateway.metrics import Metrics
 from gateway.prepare import Prepared, Preparer
 from gateway.records import ReceivedMail
@@ -37,7 +37,6 @@ ANSWER_LIMIT = 25.0
 """Seconds for examining a mail; with the commit the answer stays within 30 s (RFC 5321, 4.5.3.2.6)."""
 DISK_RESERVE = 64 * 1024 * 1024
 """Octets that stay free for events and replies: below, no new mail is begun."""
-_MOST_HOPS = 50
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _FULL = "452 4.3.1 no space left here; try again later"
 _LARGEST_FROM_STRANGERS = 1_000_000  # octets of a mail to the postmaster from outside senders.networks
@@ -224,7 +223,7 @@ class MailDoor:
         if len(raw) > _LARGEST_FROM_STRANGERS and not self._policy.knows_client(_host(session)):
             raise MailRefused(552, "5.3.4", "the postmaster takes no mail that large", "large, from outside")
         head = raw.partition(b"\r\n\r\n")[0].lower()
-        if (b"\r\n" + head).count(b"\r\nreceived:") > _MOST_HOPS:
+        if (b"\r\n" + head).count(b"\r\nreceived:") > MAX_HOPS:
             raise MailRefused(554, "5.4.6", "this mail goes round in circles", "too many hops")
         stamp = (
             f"Received: from [{_host(session)}] by {self._hostname} with ESMTP; {formatdate(localtime=False)}"

@@ -157,10 +157,10 @@ class Store:
         """Return the ids of the fax, or of all faxes of the mail, of that name."""
         return await self._database.read(partial(store_desk.fax_ids_of, name=name))
 
-    async def show(self, fax_id: str) -> store_desk.File:
+    async def show(self, fax_id: str) -> store_desk.Dossier:
         """Return everything about one fax; raises UnknownFax."""
 
-        def work(connection: Connection) -> store_desk.File:
+        def work(connection: Connection) -> store_desk.Dossier:
             return store_desk.show(Unit(connection, self._clock(), self._rules, self._postmaster), fax_id)
 
         return await self._database.read(work)

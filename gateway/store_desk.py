@@ -52,7 +52,7 @@ class Moment:
 
 
 @dataclass(frozen=True, slots=True)
-class File:
+class Dossier:
     """Everything about one fax."""
 
     fax: Fax
@@ -62,7 +62,7 @@ class File:
 
 
 @dataclass(frozen=True, slots=True)
-class Brakes:
+class StandingBrake:
     """One reason why nothing is called."""
 
     kind: str
@@ -81,7 +81,7 @@ class Counts:
     oldest_waiting: float  # seconds, 0 when nothing waits
     outbox: int
     parked: int
-    brakes: tuple[Brakes, ...]
+    brakes: tuple[StandingBrake, ...]
 
 
 # --- reading ---------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def fax_ids_of(connection: Connection, name: str) -> list[str]:
     return [row.id for row in connection.execute(query.order_by(s.faxes.c.id))]
 
 
-def show(unit: Unit, fax_id: str) -> File:
+def show(unit: Unit, fax_id: str) -> Dossier:
     """Return everything about one fax; raises UnknownFax."""
     fax = load(unit.connection, fax_id)
     values = {"fax_id": fax_id}
@@ -163,7 +163,7 @@ def show(unit: Unit, fax_id: str) -> File:
         (row.notice, _fate(row.sent_at, row.given_up_at, row.error))
         for row in unit.connection.execute(_REPLIES, values)
     )
-    return File(fax, load_mail(unit, fax.mail_id), moments, replies)
+    return Dossier(fax, load_mail(unit, fax.mail_id), moments, replies)
 
 
 def _fate(sent_at: float | None, given_up_at: float | None, error: str) -> str:
@@ -182,7 +182,7 @@ def count(connection: Connection, now: float) -> Counts:
         outbox=connection.execute(_OUTBOX).scalar_one(),
         parked=connection.execute(_PARKED).scalar_one(),
         brakes=tuple(
-            Brakes(row.kind, row.scope, row.cause, row.since, row.probe_at)
+            StandingBrake(row.kind, row.scope, row.cause, row.since, row.probe_at)
             for row in connection.execute(sa.select(s.brakes))
         ),
     )
