@@ -11,6 +11,7 @@ Fails: with one line on standard error that says what to do.
 
 import asyncio
 import atexit
+import errno
 import gc
 import os
 import sys
@@ -70,7 +71,7 @@ def serve(config: Config = None) -> None:
     """
     from gateway import daemon, log
     from gateway.children import ChildFailed
-    from gateway.database import WrongDatabase
+    from gateway.database import StoreError, WrongDatabase
 
     settings, warnings = load_settings(config)
     log.configure(
@@ -85,8 +86,12 @@ def serve(config: Config = None) -> None:
         asyncio.run(daemon.serve(settings, os.environ))
     except WrongDatabase as error:
         end(EX_CONFIG, f"store.url: {error}")
+    except StoreError as error:
+        end(EX_UNAVAILABLE, f"cannot start: the database does not answer now: {error}")
     except (OSError, ChildFailed) as error:
-        end(EX_UNAVAILABLE, f"cannot start: {error}")
+        taken = isinstance(error, OSError) and error.errno in {errno.EADDRINUSE, errno.EACCES}
+        where = "smtp.listen or http.listen: " if taken else ""
+        end(EX_UNAVAILABLE, f"cannot start: {where}{error}")
 
 
 @app.command()
@@ -151,7 +156,7 @@ def demo(
 
     try:
         code = asyncio.run(demonstration.run(once=once, show=typer.echo))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         code = 0
     raise typer.Exit(code)
 
@@ -253,7 +258,8 @@ def explain(
     row = reasons.lookup(reason)
     if row.name not in known:
         near = ", ".join(reasons.nearest(reason))
-        typer.echo(f"{reason} is not in the table{f'; did you mean {near}?' if near else ''}", err=True)
+        typer.echo(f"{reason!r} is not in the table{f'; did you mean {near}?' if near else ''}", err=True)
+        typer.echo("A reason that is not known is treated like this:", err=True)
     plan = getattr(retries, row.kind.value, None)
     typer.echo(f"reason:    {row.name}")
     typer.echo(f"class:     {row.kind}")

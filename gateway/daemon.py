@@ -379,4 +379,5 @@ def _observe_change(metrics: Metrics, before: Fax, after: Fax) -> None:
         log.warning("fax_held", fax=after.id, cause=after.held_for, detail=after.held_detail)
     elif after.state is State.QUEUED and before.state is not State.QUEUED:
         reason = after.calls[-1].reason if after.calls else None
-        log.info("fax_requeued", fax=after.id, reason=reason, due=round(after.due_at - time.time(), 1))
+        due = max(0.0, round(after.due_at - time.time(), 1))
+        log.info("fax_requeued", fax=after.id, reason=reason, due=due)

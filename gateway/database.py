@@ -89,8 +89,8 @@ class Database:
     # --- opening and closing ---------------------------------------------------------------------------
 
     def open(self, *, serve: bool) -> None:
-        """Open it; with `serve` also create, migrate and lock it. Raises WrongDatabase."""
-        path = Path(self.url.database or "")
+        """Open it; with `serve` also create, migrate and lock it. Raises WrongDatabase, StoreError."""
+        path = Path(self.url.database or "").resolve()  # by whatever name, one file has one lock
         if serve:
             self._claim(path)
         elif not path.exists():
@@ -105,6 +105,8 @@ class Database:
             self.close()
             if isinstance(error, WrongDatabase):
                 raise
+            if any(word in str(error.orig) for word in ("locked", "busy", "full", "disk I/O")):
+                raise translate(error) from error  # another time it may be well
             raise WrongDatabase(f"the database at {path} cannot be used: {error.orig}") from error
         self._serving = True
         for target, engine, units in (

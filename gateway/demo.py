@@ -14,6 +14,7 @@ import contextlib
 import email
 import email.policy
 import json
+import signal
 import smtplib
 import socket
 import sys
@@ -54,6 +55,9 @@ postmaster = "postmaster@example.com"
 [store]
 url = "sqlite:///{folder}/gateway.db"
 
+[retries]
+busy = ["10s", "20s"]
+
 [log]
 format = "json"
 mask_numbers = false
@@ -66,6 +70,7 @@ _STEPS = {
     "call_taken": "the carrier took it as {carrier_id}",
     "webhook_received": "the carrier's signed webhook: {type}",
     "fax_requeued": "fax {fax} will be called again in {due} s: {reason}",
+    "account_held": "nothing more is called for now: {cause}",
     "fax_held": "fax {fax} is held: {cause}",
     "fax_ended": "fax {fax} ended: {outcome}",
     "reply_sent": "the reply for {recipient} was handed to the relay",
@@ -204,9 +209,12 @@ def _free_port() -> int:
 
 async def run(*, once: bool, show: Show) -> int:
     """Show the main job working; then go on serving, unless `once`. Returns the exit code."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a closed window must not leave the gateway behind
+        loop.add_signal_handler(number, task.cancel if task else loop.stop)
     folder = Path(tempfile.mkdtemp(prefix="fax-gateway-demo-"))
     demonstration = Demonstration(folder, show)
-    demonstration.tell(f"everything of this demonstration is in {folder}")
+    demonstration.tell(f"everything of this demonstration is in {folder}; remove it when done")
     carrier = Sandbox(SandboxOptions(call_time=1.0))
     await carrier.start()
     try:
@@ -244,10 +252,17 @@ async def _show_way(
     demonstration.print_reply(reply)
     if once:
         return 0 if reply["X-Fax-Outcome"] == "delivered" else 1
-    show(f"Still serving. Mail a PDF yourself, from any program that speaks SMTP to 127.0.0.1 port {port}:")
-    show(f"  fax-gateway send {demonstration.folder}/sample.pdf --to +13125550152 --from {SENDER} \\")
-    show(f"      --config {config}")
-    show("  +13125550152 is busy once, +13125550101 to 0140 fail in 40 ways: docs/sandbox.md lists them all.")
-    show("Replies appear here. Ctrl-C ends it.\n")
+    program = f"{sys.executable} -m gateway"
+    for line in (
+        f"Still serving. Mail a PDF yourself, from any program that speaks SMTP to 127.0.0.1 port {port}:",
+        f"  {program} send {demonstration.folder}/sample.pdf --to +13125550152 --from {SENDER} \\",
+        f"      --config {config}",
+        "  +13125550152 is busy once, and is called again after 10 s.",
+        "docs/sandbox.md lists a number for every outcome. Some stop the queue, as a disabled account does;",
+        f"this lets it go on: {program} release --all --config {config}",
+        "Replies appear here. Ctrl-C ends it.",
+        "",
+    ):
+        show(line)
     while True:
         demonstration.print_reply(await demonstration.replies.get())

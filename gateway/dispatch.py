@@ -26,7 +26,7 @@ from gateway.carrier import (
     Unavailable,
 )
 from gateway.database import StoreError
-from gateway.doubt import CLOCK_SKEW, Bind, NoProof, ProvedAbsent, Sighting, Verdict, fits, judge
+from gateway.doubt import CLOCK_SKEW, Bind, NoProof, ProvedAbsent, Sighting, Undecided, Verdict, fits, judge
 from gateway.log import get_logger
 from gateway.metrics import Metrics
 from gateway.records import (
@@ -315,7 +315,8 @@ class Dispatcher:
         since = min(attempt.started_at, known.control_at) - CLOCK_SKEW
         listed = await self._list(attempt.from_number, since, optional=attempt.open)
         fitting = [row for row in (*(listed or ()), *known.told) if fits(attempt, fax.number, row)]
-        return judge(
+        overdue = self._clock() - attempt.started_at > stuck_limit(fax, self._rules)
+        verdict = judge(
             attempt,
             fax.number,
             listed=listed,
@@ -323,8 +324,11 @@ class Dispatcher:
             bound=await self._store.bound_ids([row.carrier_id for row in fitting]),
             control=known.control,
             last=last,
-            overdue=self._clock() - attempt.started_at > stuck_limit(fax, self._rules),
+            overdue=overdue,
         )
+        if isinstance(verdict, Bind) and await self._store.has_rival(attempt.id, fax.number):
+            return NoProof("another fax to the number is in doubt too") if overdue else Undecided()
+        return verdict
 
     async def _list(self, from_number: str, since: float, *, optional: bool) -> list[Sighting] | None:
         begun = time.monotonic()

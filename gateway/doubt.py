@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 from gateway.records import Attempt
 
-CLOCK_SKEW = 120.0  # seconds that the carrier's clock may be behind ours
+CLOCK_SKEW = 3600.0
+"""Seconds that the carrier's clock may be behind ours. Generous: what is older and ours is bound already."""
 
 
 @dataclass(frozen=True, slots=True)

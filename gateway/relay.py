@@ -86,7 +86,7 @@ class Relay:
 
         When it returns the relay has answered 250 to the final dot.
         """
-        _check(recipient)
+        check_recipient(recipient)
         data = message if isinstance(message, bytes) else message.as_bytes()
         client = aiosmtplib.SMTP(
             hostname=self._host, port=self._port, local_hostname=self._hostname, timeout=None,
@@ -119,7 +119,7 @@ class Relay:
             client.close()
 
 
-def _check(recipient: str) -> None:
+def check_recipient(recipient: str) -> None:
     """Refuse an address before the client library sees it: from one with a comment it would make another."""
     sound = (
         recipient != ""

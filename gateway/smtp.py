@@ -29,6 +29,7 @@ from gateway.message import MAX_HOPS, MailRefused
 from gateway.metrics import Metrics
 from gateway.prepare import Prepared, Preparer
 from gateway.records import ReceivedMail
+from gateway.relay import RelayRefused, check_recipient
 from gateway.smtp_session import MailEnvelope, Sessions, SmtpSession
 from gateway.store import Store
 from gateway.store_intake import CHUNK, Accepted, Paper, Submission
@@ -240,8 +241,13 @@ def _replyable(address: str) -> bool:
     if address in {"", "<>"}:
         return True
     local, at, domain = address.rpartition("@")
-    plain = " " not in local or (local.startswith('"') and local.endswith('"'))
-    return bool(local and at and domain) and address.isprintable() and plain and " " not in domain
+    if not (local and at and domain and address.isprintable()):
+        return False
+    try:
+        check_recipient(address)  # what could not be handed to the relay must not be taken in
+    except RelayRefused:
+        return False
+    return True
 
 
 def session_factory(

@@ -93,6 +93,10 @@ class Store:
         """Gather what is known about a doubt, before the carrier is asked."""
         return await self._do(store_work.evidence, number, from_number)
 
+    async def has_rival(self, attempt_id: str, number: str) -> bool:
+        """Tell whether what the carrier shows may be another attempt to the number, in doubt as well."""
+        return await self._do(store_work.has_rival, attempt_id, number)
+
     async def bound_ids(self, carrier_ids: list[str]) -> frozenset[str]:
         """Return those of the carrier's ids that are attempts of ours."""
         return await self._do(store_work.bound_ids, carrier_ids)

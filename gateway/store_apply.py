@@ -361,7 +361,7 @@ def _brake(unit: Unit, brake: Brake) -> None:
     known = unit.connection.execute(sa.select(s.brakes.c.wait).where(*where)).scalar()
     wait = first if known is None else known
     if brake.again_after is not None:
-        wait = max(1.0, brake.again_after)
+        wait = max(1.0, brake.again_after) if known is None else max(brake.again_after, known)
     values = {"cause": brake.cause, "probe_at": unit.now + wait, "proof": int(brake.proof)}
     if known is None:
         values |= {

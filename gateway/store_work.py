@@ -173,6 +173,15 @@ def evidence(unit: Unit, number: str, from_number: str) -> Evidence:
     return Evidence(told, newest.carrier_id, newest.started_at)
 
 
+def has_rival(unit: Unit, attempt_id: str, number: str) -> bool:
+    """Tell whether another open attempt to the number has no carrier's id either: a find may be that one's.
+
+    That can be only after a call was given up as stuck; until then the number is blocked (rule 4).
+    """
+    rows = unit.connection.execute(_NAMELESS, {"number": number}).mappings()
+    return any(row["open"] and row["id"] != attempt_id for row in rows)
+
+
 def bound_ids(unit: Unit, carrier_ids: list[str]) -> frozenset[str]:
     """Return those of the ids that belong to an attempt of ours."""
     found: set[str] = set()

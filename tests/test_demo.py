@@ -50,9 +50,9 @@ async def test_the_demonstration_goes_on_serving_until_it_is_told_to_end() -> No
     reader = asyncio.create_task(read())
     try:
         await until(lambda: [line for line in seen if "Ctrl-C" in line], "the demonstration to serve")
-        command = next(line for line in seen if "fax-gateway send" in line)
-        config = next(line for line in seen if "--config" in line and "fax-gateway send" not in line)
-        words = command.replace("\\", "").split()[1:] + config.split()
+        command = next(line for line in seen if " -m gateway send " in line)
+        config = next(line for line in seen if line.strip().startswith("--config"))
+        words = command.replace("\\", "").split()[3:] + config.split()
         sent = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -72,3 +72,15 @@ async def test_the_demonstration_goes_on_serving_until_it_is_told_to_end() -> No
         code = await process.wait()
         await reader
     assert code == 0
+
+
+async def test_a_demonstration_whose_window_closes_leaves_nothing_behind() -> None:
+    """SIGHUP or SIGTERM ends the gateway of the demonstration with it."""
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        process = await _demo()
+        assert process.stdout is not None
+        async with asyncio.timeout(60):
+            while line := (await process.stdout.readline()).decode():
+                if "said 250" in line:
+                    process.send_signal(number)
+            assert await process.wait() == 0

@@ -78,8 +78,8 @@ def test_verdict(
         (replace(OURS, to_number=NUMBER.removeprefix("+")), False),
         (replace(OURS, from_number="+13125550101"), False),
         (replace(OURS, connection_id="1"), False),
-        (replace(OURS, seen_at=NOW - 120.0), True),
-        (replace(OURS, seen_at=NOW - 120.1), False),
+        (replace(OURS, seen_at=NOW - 3600.0), True),
+        (replace(OURS, seen_at=NOW - 3600.1), False),
         (replace(OURS, seen_at=NOW + 86400.0), True),
     ],
 )

@@ -20,7 +20,7 @@ from letters import notice, write
 from relays import CUT, STALL, TestRelay, serving
 
 from gateway.records import Notice
-from gateway.relay import Relay, RelayAway, RelayRefused, _check
+from gateway.relay import Relay, RelayAway, RelayRefused, check_recipient
 
 CLERK = "clerk@example.org"
 Security = Literal["none", "tls", "starttls"]
@@ -186,7 +186,7 @@ async def test_dangerous_address_never_reaches_the_relay(recipient: str) -> None
 def test_accepted_address_stays_on_its_line(recipient: str) -> None:
     """Whatever passes as an address is one word without control characters."""
     try:
-        _check(recipient)
+        check_recipient(recipient)
     except RelayRefused:
         return
     assert recipient.split() == [recipient]

@@ -232,7 +232,7 @@ async def test_of_two_doubts_of_one_fax_the_later_is_bound(store: TriedStore) ->
 @pytest.mark.parametrize(
     "event",
     [
-        reported("c1", Stage.DIALLED, at=NOW - HOUR),
+        reported("c1", Stage.DIALLED, at=NOW - 2 * HOUR),
         reported("c1", Stage.DIALLED, connection_id="another"),
         reported("c1", Stage.DIALLED, number=OTHER),
     ],

@@ -10,6 +10,7 @@ from gateway.records import (
     Blame,
     Brake,
     CancelAsked,
+    Doubted,
     HoldAsked,
     Notice,
     Rejected,
@@ -18,6 +19,7 @@ from gateway.records import (
     Stage,
     State,
     TimePassed,
+    Unprovable,
 )
 from gateway.store_intake import NotRenewable
 
@@ -95,3 +97,16 @@ async def test_every_alert_and_brake_is_heard_of_once(store: TriedStore) -> None
     assert [(news.kind, news.scope) for news in store.news if isinstance(news, Brake)] == [
         ("hold", "account")
     ]
+
+
+async def test_two_doubts_about_one_number_know_of_each_other(store: TriedStore) -> None:
+    """Once a doubt no longer blocks its number, what the carrier shows may be the other fax: it must be told."""
+    first = await store.queued()
+    doubt = await store.apply(first.id, Doubted(newest(await store.claimed()), "timeout"))
+    await store.apply(first.id, Unprovable(newest(doubt), "no list"))
+    assert not await store.has_rival(newest(doubt), NUMBER)
+    store.clock.now += DAY  # given up as stuck: the number is free
+    await store.pass_time()
+    await store.queued()
+    await store.claimed()
+    assert await store.has_rival(newest(doubt), NUMBER)
