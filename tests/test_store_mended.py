@@ -100,7 +100,7 @@ async def test_every_alert_and_brake_is_heard_of_once(store: TriedStore) -> None
 
 
 async def test_two_doubts_about_one_number_know_of_each_other(store: TriedStore) -> None:
-    """Once a doubt no longer blocks its number, what the carrier shows may be the other fax: it must be told."""
+    """Once a doubt no longer blocks its number, what the carrier shows may be the other fax's call."""
     first = await store.queued()
     doubt = await store.apply(first.id, Doubted(newest(await store.claimed()), "timeout"))
     await store.apply(first.id, Unprovable(newest(doubt), "no list"))
