@@ -109,12 +109,15 @@ class Mail:
     """What a mail asks for.
 
     `message_id` and `references` are printable ASCII, fit for In-Reply-To and References (RFC 5322 section
-    3.6.4); `subject` is decoded, on one line, at most 250 characters; `original_headers` is the header block
-    as received, cut at a line's end at 16 KB; `digest` is the hexadecimal SHA-256 over the received
-    attachments, each prefixed by its length in 8 octets, so that no two lists of attachments read alike.
+    3.6.4); `message_key` is the hexadecimal SHA-256 over the Message-ID as it was received, None if there is
+    none, and tells apart what looks alike in `message_id`; `subject` is decoded, on one line, at most 250
+    characters; `original_headers` is the header block as received, cut at a line's end at 16 KB; `digest` is
+    the hexadecimal SHA-256 over the received attachments, each prefixed by its length in 8 octets, so that no
+    two lists of attachments read alike.
     """
 
     message_id: str | None
+    message_key: str | None
     subject: str
     references: str
     original_headers: bytes
@@ -131,6 +134,7 @@ def parse(raw: bytes) -> Mail:
         attachments = _attachments(message)
         return Mail(
             message_id=_message_id(message),
+            message_key=_message_key(message),
             subject=cleaned(_decoded_words(_field(message, "subject") or ""), MAX_TEXT),
             references=_references(message),
             original_headers=_cut_at_line(head),
@@ -280,6 +284,22 @@ def _message_id(message: Message) -> str | None:
     value = _field(message, "message-id") or ""
     found = _MESSAGE_ID.search(value)
     return found[0] if found else printable(value, MAX_TEXT) or None
+
+
+def _message_key(message: Message) -> str | None:
+    """Return the digest over the Message-ID as received; None if there is none, or only empty ones.
+
+    Only what a relay may change is left out: where the line is folded, and blanks around the value (RFC 5322
+    sections 2.2.3 and 3.6.4). Of several fields, which the standard forbids, all count, in their order.
+    """
+    values = [
+        # The parser keeps every line end, and every line but the first begins with the fold's blank.
+        value.encode("ascii", "surrogateescape").replace(b"\r", b"").replace(b"\n", b"").strip(b" \t")
+        for field, value in message.raw_items()
+        if field.lower() == "message-id"
+    ]
+    given = b"\r\n".join(filter(None, values))  # no value holds a line end: no two lists read alike
+    return hashlib.sha256(given).hexdigest() if given else None
 
 
 def _references(message: Message) -> str:

@@ -6,7 +6,8 @@ into a second file; nothing large goes through the pipe.
 
 Promises: the files exist with mode 0600 in a folder of the gateway's own for as long as the call takes, and
 the document until `Prepared.discard`; every way out removes them, and `sweep` removes what a killed daemon
-left. The child is run as `python -I -m gateway.prepare`.
+left. One picture is drawn at a time: with two children or more, pages that are slow to draw never keep a mail
+waiting. The child is run as `python -I -m gateway.prepare`.
 """
 
 import asyncio
@@ -26,6 +27,8 @@ from gateway.message import MailRefused
 
 COMMAND = (sys.executable, "-I", "-m", "gateway.prepare")
 """How the pool starts its children."""
+TURN_LIMIT = 10.0
+"""Seconds that a picture waits until the one before it is drawn."""
 _PREFIX = "prepare-"
 
 
@@ -33,11 +36,12 @@ _PREFIX = "prepare-"
 class Prepared:
     """A mail whose document is ready to be stored; use it as a context, or call `discard`.
 
-    `digest` is over the received attachments (`message.Mail`), `sha256`, `size` (octets) and `pages` are
-    those of the file `document`.
+    `message_key` is over the received Message-ID, `digest` over the received attachments (`message.Mail`),
+    `sha256`, `size` (octets) and `pages` are those of the file `document`.
     """
 
     message_id: str | None
+    message_key: str | None
     subject: str
     references: str
     original_headers: bytes
@@ -70,6 +74,7 @@ class Preparer:
         self._folder = folder
         self._max_pages = max_pages
         self._max_size = max_size
+        self._drawing = asyncio.Lock()
 
     @property
     def full(self) -> bool:
@@ -106,16 +111,26 @@ class Preparer:
             return prepared
 
     async def picture(self, pdf: bytes) -> bytes | None:
-        """Return the first page as PNG, or None if it cannot be drawn, for whatever reason.
+        """Return the first page as PNG, or None if it cannot be drawn.
 
-        Raises ChildFailed only when the pool is closed, OSError when the folder cannot be written.
+        Raises ChildFailed when that took longer than the pool's limit, burst or killed its child, or the pool
+        is closed; TimeoutError when it was not its turn within `TURN_LIMIT`; OSError when the folder cannot
+        be written.
         """
+        async with asyncio.timeout(TURN_LIMIT):
+            await self._drawing.acquire()
+        try:
+            return await self._drawn(pdf)
+        finally:
+            self._drawing.release()
+
+    async def _drawn(self, pdf: bytes) -> bytes | None:
         with contextlib.ExitStack() as files:
             made = self._empty_file(files)
             try:
                 await self._ask("picture", pdf, {"out": str(made)})
             except ChildFailed as failure:
-                if failure.reason == "closed":
+                if failure.reason != "fault":
                     raise
                 return None
             return made.read_bytes()
@@ -166,6 +181,7 @@ def work(job: Json) -> Json:
     return {
         "ok": {
             "message_id": mail.message_id,
+            "message_key": mail.message_key,
             "subject": mail.subject,
             "references": mail.references,
             "original_headers": base64.b64encode(mail.original_headers).decode("ascii"),

@@ -202,6 +202,7 @@ class MailDoor:
                 recipients=tuple(envelope.numbers.items()),
                 paper=paper,
                 forward=forward,
+                message_key=prepared.message_key,
             )  # fmt: skip
             return await self._store.accept(submission, self._duplicate_window)
 

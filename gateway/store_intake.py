@@ -19,7 +19,7 @@ from gateway import schema as s
 from gateway.database import StoreError
 from gateway.reasons import Kind, lookup
 from gateway.records import End, Fax, ReceivedMail, State
-from gateway.store_apply import Unit, fax_values, load, post, upsert
+from gateway.store_apply import Turn, Unit, fax_values, load, post, take_turn, upsert
 
 CHUNK = 256 * 1024  # bytes; a larger write would hold up the other units of work
 _WINDOW_WITHOUT_ID = 600.0  # seconds: without a Message-ID only a repeat soon after is the same mail
@@ -52,6 +52,7 @@ class Submission:
     forward: bytes | None = field(
         default=None, repr=False
     )  # the whole mail, if it also goes to the postmaster
+    message_key: str | None = None  # SHA-256 over the Message-ID as received; None without one
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +99,14 @@ def accept(unit: Unit, submission: Submission, duplicate_window: float) -> Accep
         _keep(unit, submission, mail_id, submission.paper)
     turn = _turn(unit, submission.mail.sender, len(fresh))
     for place, fax in enumerate(fresh):
-        unit.connection.execute(_ADD_FAX, fax_values(fax) | {"turn": turn + place, "lease_until": 0.0})
+        unit.connection.execute(_ADD_FAX, fax_values(fax) | {"turn": turn + place, **_NEW})
     repeated = bool(submission.recipients) and not fresh
     return Accepted(first_mail if repeated else mail_id, tuple(fax.id for fax in fresh), repeated)
 
 
 def renew(unit: Unit, fax_id: str, *, even_if_twice: bool) -> Fax:
     """Send an ended fax again as a new one that names it. Raises UnknownFax, NotRenewable."""
+    take_turn(unit, Turn.PAPER)
     old = load(unit.connection, fax_id)
     if _may_have_arrived(old) and not even_if_twice:
         raise NotRenewable(f"fax {fax_id} was delivered, or may have been; --even-if-twice sends it again")
@@ -118,7 +120,7 @@ def renew(unit: Unit, fax_id: str, *, even_if_twice: bool) -> Fax:
     fax = _fax(unit, f"{old.mail_id}-{place}", old.mail_id, old.number, old.recipient, old.pages)
     fax = replace(fax, renews=old.id)
     turn = _turn(unit, row.sender, 1)
-    unit.connection.execute(_ADD_FAX, fax_values(fax) | {"turn": turn, "lease_until": 0.0})
+    unit.connection.execute(_ADD_FAX, fax_values(fax) | {"turn": turn, **_NEW})
     return fax
 
 
@@ -137,6 +139,7 @@ _ADD_CHUNK = s.document_chunks.insert()
 _ADD_DOCUMENT = s.documents.insert()
 _ADD_MAIL = s.mails.insert()
 _ADD_FAX = s.faxes.insert()
+_NEW = {"lease_until": 0.0, "ripe": True, "asks": 0}
 _DOCUMENT_OF = (
     sa.select(s.documents.c.purged_at, s.mails.c.sender)
     .join_from(s.mails, s.documents, s.mails.c.document_id == s.documents.c.id)
@@ -191,10 +194,10 @@ def _claim_key(
     """Take the key of this mail to this number; return the id of the mail that holds it already."""
     if window <= 0:
         return None
-    mail = submission.mail
-    parts = (mail.message_id or "", mail.sender, number, submission.digest)
+    # Not `mail.message_id`: that is cleaned and cut, for replies, and two mails' may read alike.
+    parts = (submission.message_key or "", submission.mail.sender, number, submission.digest)
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-    lasts = window if mail.message_id else min(window, _WINDOW_WITHOUT_ID)
+    lasts = window if submission.message_key else min(window, _WINDOW_WITHOUT_ID)
     values = {"mail_id": mail_id, "fax_id": fax_id, "expires_at": unit.now + lasts}
     insert = upsert(unit.connection, s.duplicates).values(key=key, **values)
     # An expired key is taken over in place.

@@ -325,6 +325,59 @@ def test_odd_message_ids(value: bytes, expected: str | None) -> None:
     assert parse(mail_of(PDF).replace(b"<order-4711@example.com>", value)).message_id == expected
 
 
+def key_of(*message_ids: bytes) -> str | None:
+    """Return the key of a mail with these Message-IDs, each a field's octets after the colon."""
+    fields = b"".join(b"Message-ID:" + value + b"\r\n" for value in message_ids)
+    return parse(fields + mail_of(PDF).replace(b"Message-ID: <order-4711@example.com>\r\n", b"")).message_key
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (b"<" + b"a" * 300 + b"1@x>", b"<" + b"a" * 300 + b"2@x>"),
+        (b"a" * 5000 + b"1", b"a" * 5000 + b"2"),
+        (b"order  4711", b"order 4711"),
+        (b"<a b@x>", b"<ab@x>"),
+        ("<\u00fc@x>".encode(), b"<u@x>"),
+        (b"\xff", b"\xfe"),
+        ("\u200b".encode(), "\u200c".encode()),
+        (b"<a@x> 1", b"<a@x> 2"),
+        (b"a\x00b", b"a b"),
+        (b"<A@x>", b"<a@x>"),
+    ],
+)
+def test_message_ids_that_look_alike_are_told_apart(one: bytes, other: bytes) -> None:
+    """Two mails whose Message-IDs differ in any octet, however far back, are not taken for one."""
+    assert None not in {key_of(one), key_of(other)}
+    assert key_of(one) != key_of(other)
+    assert key_of(one) == key_of(one)
+
+
+def test_the_folding_of_a_message_id_does_not_matter() -> None:
+    """A relay that breaks the line elsewhere (RFC 5322, 2.2.3) does not make it another mail."""
+    known = hashlib.sha256(b"<a@x> (sent\tagain)").hexdigest()
+    for value in (
+        b"<a@x> (sent\tagain)",
+        b" <a@x> (sent\tagain) \t",
+        b"\r\n <a@x>\r\n (sent\r\n\tagain)",
+        b" <a@x>\n (sent\tagain)",
+    ):
+        assert key_of(value) == known
+
+
+def test_without_a_message_id_there_is_no_key() -> None:
+    """A mail without Message-ID, or with nothing but empty ones, has none to be recognised by."""
+    assert [key_of(), key_of(b""), key_of(b" \t"), key_of(b" \r\n "), key_of(b"", b"")] == [None] * 5
+
+
+def test_all_of_several_message_ids_count() -> None:
+    """A mail with several Message-IDs is the same as one with the same in the same order, and no other."""
+    keys = [key_of(b"<a@x>"), key_of(b"<a@x>", b"<b@x>"), key_of(b"<b@x>", b"<a@x>"), key_of(b"<a@x><b@x>")]
+    keys += [key_of(b"<a@x>", b"<a@x>"), key_of(b"<a@x> <b@x>")]
+    assert len(set(keys)) == len(keys)
+    assert key_of(b"<a@x>", b"", b"<b@x>") == keys[1]
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [

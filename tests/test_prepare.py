@@ -27,6 +27,20 @@ def lie(job):
 
 serve(lie, sys.stdin.buffer, sys.stdout.buffer)
 """
+# A child that begins to draw when somebody opens the pipe `gate` for writing.
+SLOW_PAINTER = """
+import sys
+from gateway import prepare
+
+def work(job):
+    if job["do"] == "picture":
+        open(%r, "w").close()
+        open(%r).close()
+    return done(job)
+
+done, prepare.work = prepare.work, work
+prepare.main()
+"""
 LIMITS = {"max_pages": 10, "max_size": 1_000_000}
 
 Opened = Callable[..., Awaitable[Preparer]]
@@ -56,6 +70,21 @@ async def opened(tmp_path: Path) -> AsyncIterator[Opened]:
 def liar(answer: dict[str, Any] | None, wait: float = 0) -> tuple[str, ...]:
     """Return the command of a child that gives this answer, whatever it is asked."""
     return (sys.executable, "-I", "-c", LIAR % (wait, answer))
+
+
+class Easel:
+    """What a slow painter waits for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.gate, self.begun = folder / "gate", folder / "begun"
+        os.mkfifo(self.gate)
+        self.command = (sys.executable, "-I", "-c", SLOW_PAINTER % (str(self.begun), str(self.gate)))
+
+    async def go(self) -> None:
+        """Wait until a page is being drawn, and let it be finished."""
+        await until(self.begun.exists)
+        self.begun.unlink()
+        await asyncio.to_thread(self.gate.write_text, "")
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -90,6 +119,11 @@ async def test_mail_becomes_one_document(opened: Opened, tmp_path: Path) -> None
         assert prepared.sha256 == hashlib.sha256(data).hexdigest()
         known = parse(raw)
         assert (prepared.message_id, prepared.subject) == (known.message_id, known.subject)
+        assert (
+            prepared.message_key
+            == known.message_key
+            == hashlib.sha256(b"<order-4711@example.com>").hexdigest()
+        )
         assert (prepared.references, prepared.digest) == (known.references, known.digest)
         assert prepared.original_headers == known.original_headers
         assert [path.stat().st_mode & 0o777 for path in (tmp_path / "work").iterdir()] == [0o600]
@@ -144,9 +178,41 @@ async def test_hostile_document_costs_only_itself(opened: Opened) -> None:
     hanging = asyncio.create_task(preparer.picture(forms_calling_forms(16, 40)))
     with await preparer.mail(mail_of(paper())) as prepared:
         assert prepared.pages == 1
-    assert await hanging is None
+    assert (await failure(hanging)).reason in {"time", "died"}
     with await preparer.mail(mail_of(paper())) as prepared:
         assert prepared.pages == 1
+    assert await preparer.picture(paper())
+
+
+async def test_slow_pages_keep_no_mail_waiting(opened: Opened, tmp_path: Path) -> None:
+    """However many pages are slow to draw, new mail finds a child: one page is drawn at a time."""
+    easel = Easel(tmp_path)
+    preparer = await opened(easel.command, size=2)
+    pictures = [asyncio.create_task(preparer.picture(paper())) for _ in range(3)]
+    await until(easel.begun.exists)
+    async with asyncio.timeout(20):
+        for _ in range(3):
+            with await preparer.mail(mail_of(paper(2))) as prepared:
+                assert prepared.pages == 2
+    assert not any(picture.done() for picture in pictures)
+    for _ in pictures:
+        await easel.go()
+    assert all((picture or b"").startswith(b"\x89PNG") for picture in await asyncio.gather(*pictures))
+
+
+async def test_picture_does_not_wait_long_for_its_turn(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a slow page a picture is done without after a while, and the slow one is none the worse."""
+    monkeypatch.setattr("gateway.prepare.TURN_LIMIT", 0.05)
+    easel = Easel(tmp_path)
+    preparer = await opened(easel.command, size=2)
+    slow = asyncio.create_task(preparer.picture(paper()))
+    await until(easel.begun.exists)
+    with pytest.raises(TimeoutError):
+        await preparer.picture(paper())
+    await easel.go()
+    assert await slow
 
 
 async def test_child_that_hangs_over_a_mail(opened: Opened) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import stores
 from faxes import DAY, HOUR, NOW, NUMBER
-from stores import DOCUMENT, POSTMASTER, SENDER, TriedStore, newest, numbers, overheard, reported
+from stores import DOCUMENT, POSTMASTER, SENDER, TriedStore, newest, numbers, reported, transactions
 
 from gateway.database import StoreFull
 from gateway.records import (
@@ -28,6 +28,8 @@ from gateway.store_apply import UnknownFax
 from gateway.store_intake import CHUNK, NotRenewable, Submission, new_mail_id
 
 store = stores.store
+sqlite_store = stores.sqlite_store
+postgresql_store = stores.postgresql_store
 
 OTHER = "+442071234567"
 TABLES = ("documents", "document_chunks", "mails", "faxes", "duplicates", "outbox", "turns")
@@ -55,8 +57,9 @@ async def test_a_mail_to_five_numbers_is_five_faxes_of_one_document(store: Tried
     assert await contents(store) == dict.fromkeys(TABLES, 1) | {"faxes": 5, "duplicates": 0, "outbox": 0}
 
 
-async def test_a_mail_that_does_not_fit_on_the_disk_leaves_nothing(store: TriedStore) -> None:
+async def test_a_mail_that_does_not_fit_on_the_disk_leaves_nothing(sqlite_store: TriedStore) -> None:
     """A mail answered 452 is not half there, and is taken in once there is room."""
+    store = sqlite_store
     pages = (await store.database.write(lambda c: c.exec_driver_sql("PRAGMA page_count").scalar_one())) + 3
     await store.change(f"PRAGMA max_page_count={pages}")
     mail: dict[str, Any] = {"message_id": "<a@b>", "window": DAY, "document": bytes(CHUNK)}
@@ -67,6 +70,24 @@ async def test_a_mail_that_does_not_fit_on_the_disk_leaves_nothing(store: TriedS
     await store.change("PRAGMA max_page_count=1000000")
     accepted = await store.mail_in(*numbers(3), **mail)
     assert len(accepted.fax_ids) == 3
+
+
+async def test_a_mail_that_does_not_fit_on_the_servers_disk_leaves_nothing(
+    postgresql_store: TriedStore,
+) -> None:
+    """The same where the disk is the server's: what it says of a full disk is told as that."""
+    store = postgresql_store
+    await store.change(
+        "CREATE FUNCTION fill() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN RAISE 'could not extend file' USING ERRCODE = 'disk_full'; END $$"
+    )
+    await store.change("CREATE TRIGGER full_disk BEFORE INSERT ON faxes EXECUTE FUNCTION fill()")
+    before = await contents(store)
+    with pytest.raises(StoreFull, match="could not extend file"):
+        await store.mail_in(*numbers(3), message_id="<a@b>", window=DAY)
+    assert await contents(store) == before
+    await store.change("DROP TRIGGER full_disk ON faxes")
+    assert len((await store.mail_in(*numbers(3), message_id="<a@b>", window=DAY)).fax_ids) == 3
 
 
 async def test_mail_to_the_postmaster_goes_to_the_outbox_as_it_came(store: TriedStore) -> None:
@@ -89,7 +110,8 @@ async def test_what_was_accepted_stays_when_the_client_left(store: TriedStore) -
     accepting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await accepting
-    await store.pass_time()  # the writer has been there
+    while not await store.list_faxes((), 9):
+        await store.pass_time()
     assert (await contents(store))["faxes"] == 1
 
 
@@ -128,6 +150,19 @@ async def test_another_mail_is_another_fax(store: TriedStore, difference: dict[s
         number = wanted.pop("number")
         assert not (await store.mail_in(number, window=DAY, **wanted)).repeated
     assert (await contents(store))["faxes"] == 2
+
+
+async def test_mails_that_only_look_alike_are_two_faxes(store: TriedStore) -> None:
+    """The key is made from the Message-ID as received: what a reply shows of it may be the same for two."""
+    mail = ReceivedMail(id="", sender=SENDER, received_at=NOW, message_id="<looks-alike@example.com>")
+    outcomes = [
+        await store.accept(
+            Submission(mail, "d1", ((NUMBER, "x"),), stores.small_paper(DOCUMENT), message_key=key), DAY
+        )
+        for key in ("k1", "k2", "k1")
+    ]
+    assert [outcome.repeated for outcome in outcomes] == [False, False, True]
+    assert outcomes[2].mail_id == outcomes[0].mail_id
 
 
 async def test_after_the_window_the_same_mail_is_a_new_fax(store: TriedStore) -> None:
@@ -227,11 +262,15 @@ async def test_a_document_is_read_back_as_it_came(store: TriedStore, size: int) 
 
 async def test_a_large_document_goes_in_piece_by_piece(store: TriedStore) -> None:
     """A document of 20 MB never holds up the writer for more than 256 KB, and shows only once accepted."""
-    with overheard(store.database) as heard:
+    with transactions(store.database) as heard:
         document_id = await store.keep_document(bytes(3 * CHUNK))
-    sizes = [len(values[-1]) for sql, values in heard if sql.startswith("INSERT INTO document_chunks")]
-    assert sizes == [CHUNK] * 3
-    assert [sql for sql, _ in heard].count("BEGIN IMMEDIATE") == 3
+    chunks = [
+        [values for sql, values in transaction if sql.startswith("INSERT INTO document_chunks")]
+        for transaction in heard
+    ]
+    assert [len(written) for written in chunks if written] == [1] * 3
+    sizes = "SELECT length(data) FROM document_chunks ORDER BY position"
+    assert await store.rows(sizes) == [(CHUNK,)] * 3
     assert (await contents(store))["documents"] == 0
     paper = replace(stores.small_paper(bytes(3 * CHUNK)), id=document_id, data=None)
     mail = ReceivedMail(id="", sender=SENDER, received_at=NOW)

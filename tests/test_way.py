@@ -113,6 +113,18 @@ async def test_the_same_mail_twice_at_once_is_one_fax(w: World) -> None:
     assert len(w.taken(number)) == 1
 
 
+async def test_mails_whose_long_message_ids_end_differently_are_two_faxes(w: World) -> None:
+    """Two mails of one document that only the end of a long Message-ID tells apart are both called."""
+    number, document = next(FREE), paper(text="long")
+    ids = [f"<{'a' * 300}{end}@example.com>" for end in (1, 2, 1)]
+    mails = [letter(number, document=document, message_id=message_id) for message_id in ids]
+    first, second, repeat = [await w.mail(number, message=message) for message in mails]
+    assert (first == second, first == repeat) == (False, True)
+    for mail_id in (first, second):
+        await w.reply(f"{mail_id}-1", "delivered")
+    assert len(w.taken(number)) == 2
+
+
 async def test_the_same_mail_to_a_further_number_is_one_fax_more(w: World) -> None:
     """A repeat that names a number more is a fax to that number only."""
     first, second = next(FREE), next(FREE)
