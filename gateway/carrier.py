@@ -93,8 +93,16 @@ class Carrier(Protocol):
     async def status(self, carrier_id: str) -> Report:
         """Ask about one fax. Raises NotKnown or Unavailable."""
 
-    async def sent_since(self, from_number: str, since: float) -> list[Sighting]:
-        """List every outbound fax from a number, all pages, created at or after `since`; or Unavailable."""
+    async def sent_since(
+        self, from_number: str, since: float, to_number: str | None = None
+    ) -> list[Sighting]:
+        """List every outbound fax from a number, all pages, created at or after `since`; or Unavailable.
+
+        `since` is by the carrier's clock. With `to_number`, only the faxes to that number are asked for.
+        """
+
+    def ahead(self, now: float) -> float:
+        """Return the seconds that the clock which says `now` is ahead of the carrier's; 0.0 if not known."""
 
     async def cancel(self, carrier_id: str) -> bool:
         """Ask to cancel; False when it is too late for that. Raises NotKnown or Unavailable."""

@@ -204,6 +204,8 @@ _HELD_BECAUSE = {
     HeldFor.STUCK: f"The call has not come to an end. {_LOOKED_INTO}",
     HeldFor.GONE: f"The fax service has lost track of it. {_LOOKED_INTO}",
     HeldFor.CONTRADICTION: f"The fax service reported a result that makes no sense. {_LOOKED_INTO}",
+    HeldFor.HARMFUL: f"The gateway could not work on it. {_LOOKED_INTO}",
+    HeldFor.RESTORED: f"After a repair here it is not certain whether it was sent already. {_LOOKED_INTO}",
 }
 
 
@@ -323,7 +325,7 @@ _ALERTS = {
         "reports; please ask the recipient what arrived, and inform the sender if need be.",
     ),
     "account_held": _Advice(
-        "no faxes go out",
+        "faxes do not go out",
         "Mail is still accepted and waits; the senders are told. Please look at the account with the fax "
         "service. One fax is tried from time to time, and once it gets through all go on by themselves; "
         "`fax-gateway release --all` tries at once, `fax-gateway list` shows what waits.",

@@ -14,6 +14,7 @@ from gateway import reasons
 from gateway.records import (
     Alert,
     Attempt,
+    Brake,
     Effect,
     End,
     Fax,
@@ -24,6 +25,9 @@ from gateway.records import (
     State,
     Tell,
 )
+
+LOST_IN_A_ROW = 5
+"""Calls that were proved absent, one after the other, until a person is asked."""
 
 
 class Misfit(ValueError):
@@ -51,6 +55,12 @@ def doubtful(fax: Fax, attempt: Attempt) -> bool:
 def arrived(fax: Fax) -> bool:
     """Whether one of the calls has delivered."""
     return any(attempt.end is End.DELIVERED for attempt in fax.attempts)
+
+
+def never_arrives(fax: Fax) -> bool:
+    """Whether the newest calls were all lost on their way, as when the gateway falls over each of them."""
+    newest = fax.attempts[-LOST_IN_A_ROW:]
+    return len(newest) == LOST_IN_A_ROW and all(attempt.end is End.ABSENT for attempt in newest)
 
 
 def with_attempt(fax: Fax, changed: Attempt) -> Fax:
@@ -111,9 +121,11 @@ def perhaps_twice(fax: Fax, what: str) -> Alert:
     return Alert("contradiction", f"Fax {fax.id}: {what}. The recipient may hold it twice, or not at all.")
 
 
-def brake_alert(cause: str) -> Alert:
-    """Return the alert about an account that cannot send."""
-    return Alert("account_held", f"No faxes go out until the carrier accepts one again: {cause}.")
+def brake_alert(brake: Brake) -> Alert:
+    """Return the alert about an account, or one of its numbers, that cannot send."""
+    where = "" if brake.scope == "account" else f" from {brake.scope}"
+    text = f"No faxes go out{where} until the carrier accepts one{where} again: {brake.cause}."
+    return Alert("account_held", text)
 
 
 def alert_if(wanted: bool, cause: str, fax: Fax, why: str) -> tuple[Effect, ...]:  # noqa: FBT001 -- read from a row

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from email.utils import formatdate
 from typing import Any
 
 from aiohttp import web
@@ -205,6 +206,7 @@ class Sandbox:
             refused = self._refused(request)
             response = await (self._answer(refused, None) if refused else _guarded(request, handler))
             seen.status = response.status
+            response.headers["Date"] = formatdate(self._clock(), usegmt=True)
             await response.prepare(request)
             await response.write_eof()
         except (_ConnectionCut, ConnectionError):  # by us, or by a client that left before the end

@@ -70,12 +70,18 @@ def next_poll(attempt: Attempt, now: float, rules: Rules) -> float:
     return now + min(rules.poll_longest, max(rules.poll_first, age / 2))
 
 
-def next_check(counted_from: float, now: float, rules: Rules) -> float:
-    """Return when the next doubt check is due; the last one repeats until it finds a verdict."""
-    for wait in rules.doubt_checks:
+def next_check(counted_from: float, due_at: float, now: float, rules: Rules) -> float:
+    """Return when the next doubt check is due, `due_at` being when the fax was to be looked at last.
+
+    The last check repeats, soon at first, then ever less often, until there is a verdict. If nobody looked
+    for longer than the longest wait, that was an outage, which may not be quite over: again soon.
+    """
+    checks = rules.doubt_checks
+    for wait in checks:
         if counted_from + wait > now:
             return counted_from + wait
-    return now + rules.doubt_checks[-1]
+    since_last = 0.0 if now - due_at > checks[-1] else now - (counted_from + checks[-1])
+    return now + min(checks[-1], max(checks[0], since_last / 2))
 
 
 def last_check(attempt: Attempt, now: float, rules: Rules) -> bool:

@@ -38,6 +38,7 @@ from gateway.telnyx_answers import (
     Answer,
     read_connection,
     read_count,
+    read_date,
     read_fax_id,
     read_number,
     read_report,
@@ -135,6 +136,7 @@ class Telnyx:
             "Accept-Encoding": "identity",
         }
         self._questions: aiohttp.ClientSession | None = None
+        self._lead: float | None = None  # seconds that Telnyx's clock was ahead of ours at its last answer
 
     async def __aenter__(self) -> Self:
         """Open the session for questions, whose connections are kept alive."""
@@ -195,19 +197,26 @@ class Telnyx:
 
     # --- the list ------------------------------------------------------------------------------------------
 
-    async def sent_since(self, from_number: str, since: float) -> list[Sighting]:
+    async def sent_since(
+        self, from_number: str, since: float, to_number: str | None = None
+    ) -> list[Sighting]:
         """List every outbound fax from a number, all pages, created at or after `since`; or Unavailable.
+
+        `since` is by Telnyx's clock; with `to_number`, only the faxes to that number are asked for.
 
         The order of the list is not documented. A fax that is taken while we read may push a row onto the
         next page, where it is met again; that as many were met as the first page promised shows that none
         was missed.
         """
+        earliest = datetime.fromtimestamp(max(0, int(since)), UTC)
         query = {
             "filter[direction][eq]": "outbound",
             "filter[from][eq]": from_number,  # the + must go out as %2B: bare, it would be read as a space
-            "filter[created_at][gte]": f"{datetime.fromtimestamp(int(since), UTC):%Y-%m-%dT%H:%M:%SZ}",
+            "filter[created_at][gte]": f"{earliest:%Y-%m-%dT%H:%M:%SZ}",
             "page[size]": str(_PAGE_SIZE),
         }
+        if to_number is not None:
+            query["filter[to][eq]"] = to_number
         met: dict[str, Sighting | None] = {}
         before: dict[str, Sighting | None] | None = None
         promised = 0
@@ -242,6 +251,13 @@ class Telnyx:
         if read_count(meta.get("page_number")) != page or pages is None or total is None:
             raise Unavailable("list's meta is unreadable")
         return dict(read_row(row) for row in rows), pages, total
+
+    def ahead(self, now: float) -> float:
+        """Return the seconds that the clock which says `now` is ahead of Telnyx's; 0.0 if not known.
+
+        Telnyx's time is the `Date` of its last answer to a question (RFC 9110, 6.6.1), to some seconds.
+        """
+        return 0.0 if self._lead is None else max(0.0, now - self._clock() - self._lead)
 
     # --- set-up and events ---------------------------------------------------------------------------------
 
@@ -325,6 +341,8 @@ class Telnyx:
                 await _fill(answer, response, _LONGEST_LIST)
         except _NETWORK_ERRORS as error:
             raise Unavailable(f"no answer ({type(error).__name__})") from None
+        if (date := read_date(read_text(answer.headers.get("Date")))) is not None:
+            self._lead = date - self._clock()
         return answer
 
     def _content(self, answer: Answer) -> dict[str, Any]:

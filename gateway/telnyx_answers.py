@@ -290,10 +290,16 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
 def _read_wait(value: str, now: float) -> float | None:
     if re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,9})?", value):
         return float(value)
+    date = read_date(value)
+    return None if date is None else max(0.0, date - now)
+
+
+def read_date(value: str) -> float | None:
+    """Return an HTTP date (RFC 9110, 5.6.7) as epoch seconds; None when it is unreadable."""
     if not _HTTP_DATE.fullmatch(value):
         return None
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - now)
+        return parsedate_to_datetime(value).timestamp()
     except ValueError:  # the thirtieth of February
         return None
 

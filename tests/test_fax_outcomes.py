@@ -60,7 +60,7 @@ def test_doubt_is_checked_and_closed() -> None:
     walk = Walk().begin()
     start = walk.now
     walk.make(doubted())
-    for due in (10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0):
+    for due in (10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 610.0, 620.0):
         assert walk.fax.due_at == start + due
         assert walk.last.blocking
         walk.make(unanswered(), walk.fax.due_at - walk.now)
@@ -68,6 +68,14 @@ def test_doubt_is_checked_and_closed() -> None:
     assert (walk.fax.state, walk.fax.due_at, walk.last.end) == (State.QUEUED, walk.now, End.ABSENT)
     assert not walk.last.blocking
     assert walk.fax.calls == (), "no call was placed"
+
+
+def test_a_doubt_from_before_an_outage_is_asked_about_at_once() -> None:
+    """When the gateway was away for two hours, what it was about to send is not left for ten minutes more."""
+    walk = Walk().begin().make(doubted(), 2 * HOUR)
+    assert walk.fax.due_at == walk.now + 10.0
+    walk.make(unanswered(), 2 * HOUR)
+    assert walk.fax.due_at == walk.now + 10.0
 
 
 def test_unproved_doubt_waits_for_a_person() -> None:

@@ -148,11 +148,21 @@ def test_polls_grow_apart(age: float, wait: float) -> None:
 
 @pytest.mark.parametrize(
     ("age", "due"),
-    [(0, 10), (9.9, 10), (10, 30), (45, 60), (60, 120), (299, 300), (300, 600), (600, 1200), (5000, 5600)],
+    [
+        *[(0, 10), (9.9, 10), (10, 30), (45, 60), (60, 120), (299, 300), (300, 600)],
+        *[(600, 610), (620, 630), (700, 750), (1000, 1200), (1800, 2400), (5000, 5600)],
+    ],
 )
 def test_doubt_checks(age: float, due: float) -> None:
-    """The checks of a doubt follow the configured times; the last one repeats."""
-    assert next_check(NOW, NOW + age, RULES) == NOW + due
+    """The checks of a doubt follow the configured times; the last one repeats, ever less often."""
+    assert next_check(NOW, NOW + age, NOW + age, RULES) == NOW + due
+
+
+@pytest.mark.parametrize(("late", "wait"), [(0, 600), (600, 600), (601, 10), (86400, 10)])
+def test_a_doubt_is_asked_about_soon_after_an_outage(late: float, wait: float) -> None:
+    """A fax that nobody could ask about for long does not wait another ten minutes."""
+    now = NOW + 2 * 86400.0
+    assert next_check(NOW, now - late, now, RULES) == now + wait
 
 
 @pytest.mark.parametrize(("age", "last"), [(0, False), (599.9, False), (600, True), (9000, True)])

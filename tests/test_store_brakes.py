@@ -95,6 +95,23 @@ async def test_the_carrier_may_name_the_wait(store: TriedStore) -> None:
     assert (await next_probe(store))[0] == 17.0
 
 
+async def test_a_carrier_that_always_names_a_second_is_asked_less_and_less_often(store: TriedStore) -> None:
+    """A `Retry-After: 1` that turns out wrong each time is obeyed once, then our own waits are longer."""
+    await store.mail_in(*numbers(3))
+    waits = await waits_of(store, lambda fax: too_many(fax, 1.0), 6)
+    assert waits == [1.0, 120.0, 240.0, 480.0, 900.0, 900.0]
+
+
+async def test_a_longer_wait_that_the_carrier_names_is_kept(store: TriedStore) -> None:
+    """The carrier knows best when it wants to be asked later than we would."""
+    await store.mail_in(*numbers(2))
+    fax = await store.claimed()
+    for retry_after, wait in ((1.0, 1.0), (700.0, 700.0), (3600.0, 3600.0), (2.0, 480.0)):
+        await store.apply(fax.id, too_many(fax, retry_after))
+        seconds, fax = await next_probe(store)
+        assert seconds == wait
+
+
 async def test_a_probe_that_is_taken_sets_the_queue_free(store: TriedStore) -> None:
     """Once the carrier takes a fax again, all go on by themselves, and the next pause starts small."""
     await store.mail_in(*numbers(4))
@@ -143,6 +160,66 @@ async def test_a_failed_call_to_a_busy_line_is_proof_enough(store: TriedStore) -
     await store.taken(probe, "c2")
     await store.webhook(reported("c2", Stage.FAILED, number=probe.number, reason="user_busy"))
     assert await store.brakes() == set()
+
+
+async def test_a_hold_ends_though_the_clock_was_set_back(store: TriedStore) -> None:
+    """A hold from what is now the future ends with the next call that succeeds, like any other."""
+    await store.mail_in(*numbers(3))
+    fax = await store.claimed()
+    await store.apply(fax.id, rejected(Blame.ACCOUNT)(fax))
+    store.clock.now -= 3 * HOUR
+    await store.mail_in(*numbers(3))
+    assert await store.claim_call(SETTINGS) is None
+    seconds, probe = await next_probe(store)
+    assert seconds == HOUR, "no probe is farther away than the longest wait"
+    assert await store.claim_call(SETTINGS) is None
+    await store.taken(probe)
+    assert await store.brakes() == set()
+    await store.claimed()
+
+
+async def test_release_all_ends_a_hold_though_the_clock_was_set_back(store: TriedStore) -> None:
+    """After `release --all` one fax that gets through is enough for all to go on, whatever the clock did."""
+    await store.mail_in(*numbers(3))
+    fax = await store.claimed()
+    await store.apply(fax.id, rejected(Blame.ACCOUNT)(fax))
+    store.clock.now -= 300.0
+    await store.mail_in(*numbers(3))
+    await store.release_all()
+    await store.taken(await store.claimed())
+    assert await store.brakes() == set()
+
+
+async def test_a_pause_ends_though_the_clock_was_set_back(store: TriedStore) -> None:
+    """A pause is over an hour later at most, which is the longest that a carrier may ask for."""
+    await store.mail_in(*numbers(2))
+    fax = await store.claimed()
+    await store.apply(fax.id, too_many(fax))
+    store.clock.now -= 10 * DAY
+    await store.mail_in(*numbers(3))
+    assert await store.claim_call(SETTINGS) is None
+    assert (await next_probe(store))[0] == HOUR
+
+
+async def test_a_spend_limit_ends_though_the_clock_was_set_back(store: TriedStore) -> None:
+    """By whatever clock, the carrier's day is over at the next midnight."""
+    await store.called()
+    await store.webhook(reported("c1", Stage.FAILED, reason="outbound_profile_daily_spend_limit_exceeded"))
+    store.clock.now -= 10 * DAY + HOUR
+    await store.mail_in(*numbers(3))
+    assert await store.claim_call(SETTINGS) is None
+    assert (await next_probe(store))[0] == 13 * HOUR + 300
+
+
+async def test_a_clock_set_back_does_not_end_what_an_operator_holds(store: TriedStore) -> None:
+    """After `hold --all` nothing goes out by itself, whatever the clock does."""
+    await store.mail_in(*numbers(2))
+    await store.hold_all()
+    store.clock.now -= 10 * DAY
+    for _ in range(2):
+        assert await store.claim_call(SETTINGS) is None
+        store.clock.now += 2 * DAY
+    assert await store.brakes() == {("operator", "account")}
 
 
 async def test_a_spend_limit_waits_for_the_next_day(store: TriedStore) -> None:

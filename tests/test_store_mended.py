@@ -24,6 +24,7 @@ from gateway.records import (
 from gateway.store_intake import NotRenewable
 
 store = stores.store
+sqlite_store = stores.sqlite_store
 
 
 async def test_a_notice_that_its_end_overtook_is_not_sent(store: TriedStore) -> None:
@@ -39,8 +40,11 @@ async def test_a_notice_that_its_end_overtook_is_not_sent(store: TriedStore) -> 
     assert (await store.count()).outbox == 0
 
 
-async def test_a_hold_of_a_number_that_is_no_longer_ours_ends_with_the_restart(store: TriedStore) -> None:
+async def test_a_hold_of_a_number_that_is_no_longer_ours_ends_with_the_restart(
+    sqlite_store: TriedStore,
+) -> None:
     """When the number that faxes are sent from was changed, the hold of the old one stops nobody."""
+    store = sqlite_store
     await store.queued()
     fax = await store.claimed()
     await store.apply(fax.id, Rejected(newest(fax), Blame.SENDER, "HTTP 403", "account_disabled"))

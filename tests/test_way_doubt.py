@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -11,6 +13,8 @@ import pytest
 import pytest_asyncio
 from harness import World, numbers, until, words, world
 from papers import paper
+
+from gateway.sandbox import Sandbox
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 FREE = numbers()
@@ -188,6 +192,20 @@ async def test_a_carrier_that_is_down_is_asked_until_it_answers(hasty: World) ->
     w.carrier.set_account("ok")
     assert (await w.reply(f"{mail_id}-1"))["X-Fax-Outcome"] == "delivered"
     assert w.posts.count(number) == len(w.taken(number)) == 1
+
+
+async def test_a_clock_two_hours_ahead_of_the_carriers_sends_nothing_twice(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even the first fax of a new gateway, whose answer is lost, is found by the carrier's own time."""
+    monkeypatch.setattr("harness.Sandbox", partial(Sandbox, clock=lambda: time.time() - 7200.0))
+    async with world(tmp_path_factory.mktemp("ahead"), telnyx=HASTY) as w:
+        number = next(FREE)
+        w.carrier.set_script({number: "answer-lost"})
+        (reply,) = await w.replies(number)
+        assert reply["X-Fax-Outcome"] == "delivered"
+        assert w.posts.count(number) == len(w.taken(number)) == 1
+        await w.everyone_told()
 
 
 async def test_news_about_a_closed_doubt_stop_the_retry(tmp_path_factory: pytest.TempPathFactory) -> None:

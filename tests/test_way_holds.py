@@ -55,7 +55,7 @@ async def test_a_broken_account_stops_the_queue_and_loses_nothing(
                 in words(delayed)
             )
         (alert,) = await until(w.mailbox.alerts, "the alert")
-        assert alert["Subject"] == "Fax gateway alert: no faxes go out"
+        assert alert["Subject"] == "Fax gateway alert: faxes do not go out"
         assert status in words(alert)
         assert await _holds(w) == [{"kind": "hold", "cause": status}]
         # Whatever comes now waits without a call, across a restart too, but for one probe.
