@@ -20,7 +20,8 @@ What they use
     address           recipient to E.164; may this sender dial this number
     prepare           what a child process does to one mail
     store             the verbs over what is stored: store_intake (mail in), store_work (what is due),
-                      store_apply (the one door through which a fax changes), store_outbox, store_desk
+                      store_apply (the one door through which a fax changes), store_outbox,
+                      store_desk, store_restore
     telnyx            the carrier's HTTP: telnyx_answers, telnyx_events
     relay             the mail server that replies go to
     compose           a reply, from the fax: compose_text
@@ -30,7 +31,8 @@ What those use
     document          check, repair and join PDFs; the picture of page 1
     children          the pool of child processes
     carrier           what any carrier does, and its ways to fail
-    database          threads and transactions; schema and migrations
+    sqlite, postgresql  the two kinds of database
+    database          the threads that do the work; schema and migrations
 
 The ground
     fax               what becomes of a fax: the one place that decides; fax_wishes (operators),

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gateway.config import Fault, Settings
     from gateway.reasons import Reason
 
-EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_TEMPFAIL, EX_CONFIG = 64, 65, 69, 75, 78
+EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_IOERR, EX_TEMPFAIL, EX_CONFIG = 64, 65, 69, 74, 75, 78
 DEFAULT_CONFIG = Path("/etc/email-fax-gateway/config.toml")
 
 app = typer.Typer(
@@ -64,7 +64,13 @@ def _top(
 
 
 @app.command()
-def serve(config: Config = None) -> None:
+def serve(
+    config: Config = None,
+    held: Annotated[
+        bool,
+        typer.Option("--held", help="Call nothing until `release --all`: the database is a restored backup."),
+    ] = False,
+) -> None:
     """Run the daemon: mail in, calls, webhooks in, replies out.
 
     Example: fax-gateway serve --config /etc/email-fax-gateway/config.toml
@@ -83,9 +89,11 @@ def serve(config: Config = None) -> None:
     for warning in warnings:
         log.get_logger().warning("configuration_warning", key=warning.key, text=warning.text)
     try:
-        asyncio.run(daemon.serve(settings, os.environ))
+        asyncio.run(daemon.serve(settings, os.environ, held=held))
     except WrongDatabase as error:
         end(EX_CONFIG, f"store.url: {error}")
+    except daemon.StoreEnded as error:
+        end(EX_IOERR, f"the store can keep nothing more, and was closed: {error}")
     except StoreError as error:
         end(EX_UNAVAILABLE, f"cannot start: the database does not answer now: {error}")
     except (OSError, ChildFailed) as error:

@@ -38,7 +38,7 @@ from gateway.config_values import Endpoint, Relay, duration, size
 PREFIX = "FAX_GATEWAY_"
 LOCATION = "FAX_GATEWAY_CONFIG"
 """The variable that names the file: the only one with the prefix that is not a key."""
-CREDENTIALS = ("telnyx.api_key", "telnyx.public_key", "replies.relay_password")
+CREDENTIALS = ("telnyx.api_key", "telnyx.public_key", "replies.relay_password", "store.url")
 """Keys that may be files in `$CREDENTIALS_DIRECTORY` (systemd.exec(5), "Credentials")."""
 
 
@@ -158,7 +158,7 @@ class Retries(_Section):
 class Store(_Section):
     """`[store]`: the database."""
 
-    url: values.StoreUrl = "sqlite:////var/lib/email-fax-gateway/gateway.db"
+    url: values.StoreUrl = SecretStr("sqlite:////var/lib/email-fax-gateway/gateway.db")
     keep_documents: values.Duration = duration("1d")
     keep_records: values.Wait = duration("365d")
     duplicate_window: values.Duration = duration("24h")
@@ -449,7 +449,11 @@ def _place(host: str) -> str:
 
 
 def _warnings(settings: Settings, path: Path, content: Mapping[str, Any]) -> Iterable[Fault]:
-    secrets = content.get("telnyx", {}).get("api_key"), content.get("replies", {}).get("relay_password")
+    secrets = (
+        content.get("telnyx", {}).get("api_key"),
+        content.get("replies", {}).get("relay_password"),
+        urlsplit(content.get("store", {}).get("url", "")).password,
+    )
     if any(secrets) and path.stat().st_mode & stat.S_IROTH:
         yield Fault("", f"{path} holds a secret and can be read by everybody here; chmod 0640 {path}")
     for network in settings.senders.networks:

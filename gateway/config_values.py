@@ -285,12 +285,19 @@ ApiBase = Annotated[
         )
     ),
 ]
-StoreUrl = Annotated[
-    str,
-    PlainValidator(
-        _text(
-            r"sqlite:////[^?#\s]*[^/?#\s]",
-            'must be "sqlite:///" and an absolute path, as in "sqlite:////var/lib/email-fax-gateway/gateway.db"',
-        )
-    ),
-]
+
+
+def _store_url(value: object) -> SecretStr:
+    says = (
+        'must be "sqlite:///" and an absolute path, as in "sqlite:////var/lib/email-fax-gateway/gateway.db", '
+        'or "postgresql://user:password@host/database"'
+    )
+    text = value.get_secret_value() if isinstance(value, SecretStr) else value
+    url = _match(
+        r"sqlite:////[^?#\s]*[^/?#\s]|postgresql://([^/?#\s]*@)?[^/?#\s@]*/[^/?#\s]+(\?[^#\s]+)?", text, says
+    )
+    return SecretStr(url[0])
+
+
+StoreUrl = Annotated[SecretStr, PlainValidator(_store_url)]
+"""A secret, since it may hold the password of PostgreSQL."""

@@ -6,7 +6,8 @@ Promises: "ready" is said when the store is open, the children live and the door
 answer for that. On the first SIGTERM or SIGINT no new mail is begun, what was begun is finished, and the
 POSTs that are open are awaited; a second signal stops at once, and the next start puts things right.
 
-Fails: `WrongDatabase`, `ChildFailed` or `OSError` at the start, each with what is in the way.
+Fails: `WrongDatabase`, `StoreError`, `ChildFailed` or `OSError` at the start, each with what is in the way;
+later only by `StoreEnded`, when the disk no longer confirms what is written.
 """
 
 import asyncio
@@ -29,7 +30,6 @@ from gateway.bell import Bell
 from gateway.children import Pool
 from gateway.compose import Letterhead
 from gateway.config import Settings
-from gateway.database import folder_of
 from gateway.dispatch import Dispatcher
 from gateway.log import get_logger
 from gateway.metrics import Metrics
@@ -44,7 +44,7 @@ from gateway.store_work import CallSettings
 from gateway.systemd import Supervisor
 from gateway.telnyx import POST_LIMIT, Telnyx
 from gateway.web import Doorway, connection_factory
-from gateway.wiring import hostname_of, open_store, rules_of
+from gateway.wiring import hostname_of, open_store, rules_of, workplace
 
 CALL_LEASE = POST_LIMIT + 30.0
 """Seconds for which a claim to call holds: the longest POST, the questions before it, and a margin."""
@@ -60,6 +60,10 @@ _TURN_LIMIT = 300.0  # seconds without coming round after which a loop counts as
 log = get_logger()
 
 
+class StoreEnded(Exception):
+    """Nothing can be kept any more; a new start may mend it. The text says why."""
+
+
 @dataclass(frozen=True, slots=True)
 class Doors:
     """Where the daemon listens."""
@@ -68,19 +72,23 @@ class Doors:
     http: str
 
 
-async def serve(settings: Settings, environ: Mapping[str, str]) -> None:
-    """Run the gateway until it is told to stop."""
+async def serve(settings: Settings, environ: Mapping[str, str], *, held: bool = False) -> None:
+    """Run the gateway until it is told to stop; `held`: call nothing, the database is a restored backup."""
     supervisor = Supervisor(environ)
+    broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     stop, listening = _stop_on_signal(), asyncio.Event()
     # A name server that does not answer keeps a thread for each look-up; mail must not wait for one of them.
     threads = ThreadPoolExecutor(settings.telnyx.channels + _SPARE_THREADS)
     asyncio.get_running_loop().set_default_executor(threads)
     async with contextlib.AsyncExitStack() as stack:
         bell, metrics = Bell(), Metrics()
-        store = await stack.enter_async_context(_opened_store(settings, bell, metrics))
-        log.info("started", version=__version__, store=str(_folder(settings)))
+        store = await stack.enter_async_context(_opened_store(settings, bell, metrics, broken))
+        log.info("started", version=__version__, store=str(store.place))
+        folder = stack.enter_context(workplace(settings, environ))
         carrier = await stack.enter_async_context(carrier_of(settings))
-        preparer = await stack.enter_async_context(_preparer(settings))
+        preparer = await stack.enter_async_context(_preparer(settings, folder))
+        if held:
+            await store.begin_restore()
         doubts = await store.take_over(settings.telnyx.from_number)
         if doubts:
             log.warning(
@@ -89,7 +97,7 @@ async def serve(settings: Settings, environ: Mapping[str, str]) -> None:
         http = await stack.enter_async_context(
             _http(settings, store, carrier, metrics, ready=lambda: listening.is_set() and not stop.is_set())
         )
-        door, sessions = _mail_door(settings, store, preparer, metrics)
+        door, sessions = _mail_door(settings, store, preparer, metrics, folder)
         smtp = await stack.enter_async_context(_smtp(settings, door, sessions))
         # After the doors: a start that fails for a port in use must not leave calls in doubt.
         dispatcher = _dispatcher(settings, store, carrier, metrics)
@@ -100,7 +108,7 @@ async def serve(settings: Settings, environ: Mapping[str, str]) -> None:
         log.info("ready", smtp=list(doors.smtp), http=doors.http)
         supervisor.tell("READY=1", f"STATUS=mail on {', '.join(doors.smtp)}, HTTP on {doors.http}")
         tasks.append(asyncio.create_task(_beat(supervisor, bell)))
-        await stop.wait()
+        await _first(stop, broken)
         begun = time.monotonic()
         supervisor.tell("STOPPING=1", "STATUS=finishing what was begun")
         log.info("stopping")
@@ -126,13 +134,21 @@ def _stop_on_signal() -> asyncio.Event:
 
 
 @contextlib.asynccontextmanager
-async def _opened_store(settings: Settings, bell: Bell, metrics: Metrics) -> AsyncIterator[Store]:
+async def _opened_store(
+    settings: Settings, bell: Bell, metrics: Metrics, broken: asyncio.Future[None]
+) -> AsyncIterator[Store]:
     loop = asyncio.get_running_loop()
+
+    def end(error: Exception) -> None:
+        if not broken.done():
+            broken.set_exception(StoreEnded(str(error)))
+
     store = await asyncio.to_thread(
         open_store,
         settings,
         serve=True,
         news=lambda: _from_thread(loop, bell.ring),
+        broken=lambda error: _from_thread(loop, partial(end, error)),
         observe=partial(_observe, metrics),
     )
     try:
@@ -159,18 +175,12 @@ def carrier_of(settings: Settings) -> Telnyx:
     )
 
 
-def _folder(settings: Settings) -> Path:
-    return folder_of(settings.store.url)
-
-
 @contextlib.asynccontextmanager
-async def _preparer(settings: Settings) -> AsyncIterator[Preparer]:
+async def _preparer(settings: Settings, folder: Path) -> AsyncIterator[Preparer]:
     size = max(2, os.cpu_count() or 2)
     pool = Pool(COMMAND, size=size, queue_limit=8 * size)
     documents = settings.documents
-    preparer = Preparer(
-        pool, _folder(settings) / "incoming", max_pages=documents.max_pages, max_size=documents.max_size
-    )
+    preparer = Preparer(pool, folder, max_pages=documents.max_pages, max_size=documents.max_size)
     preparer.sweep()
     await pool.start()
     try:
@@ -193,7 +203,6 @@ def _dispatcher(settings: Settings, store: Store, carrier: Telnyx, metrics: Metr
             lease=CALL_LEASE,
         ),
         rules=rules_of(settings),
-        clock=time.time,
         metrics=metrics,
         keep_documents=settings.store.keep_documents,
         keep_records=settings.store.keep_records,
@@ -279,7 +288,7 @@ async def _http(
 
 
 def _mail_door(
-    settings: Settings, store: Store, preparer: Preparer, metrics: Metrics
+    settings: Settings, store: Store, preparer: Preparer, metrics: Metrics, folder: Path
 ) -> tuple[MailDoor, Sessions]:
     smtp, senders, destinations = settings.smtp, settings.senders, settings.destinations
     policy = Policy(
@@ -299,7 +308,7 @@ def _mail_door(
         hostname=hostname_of(settings),
         max_recipients=smtp.max_recipients,
         duplicate_window=settings.store.duplicate_window,
-        folder=_folder(settings),
+        folder=folder.parent,  # where the database grows, if it is SQLite
         metrics=metrics,
     )
     return door, Sessions(smtp.max_connections, smtp.max_connections_per_host)
@@ -332,6 +341,16 @@ def _address(name: tuple[object, ...]) -> str:
 
 
 # --- living and stopping ---------------------------------------------------------------------------
+
+
+async def _first(stop: asyncio.Event, broken: asyncio.Future[None]) -> None:
+    """Return when told to stop. Raises StoreEnded."""
+    told = asyncio.create_task(stop.wait())
+    either: set[asyncio.Future[Any]] = {told, broken}
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    told.cancel()
+    if broken.done():
+        broken.result()
 
 
 async def _beat(supervisor: Supervisor, bell: Bell) -> None:

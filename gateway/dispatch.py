@@ -26,7 +26,18 @@ from gateway.carrier import (
     Unavailable,
 )
 from gateway.database import StoreError
-from gateway.doubt import CLOCK_SKEW, Bind, NoProof, ProvedAbsent, Sighting, Undecided, Verdict, fits, judge
+from gateway.doubt import (
+    CLOCK_SKEW,
+    WRONG_ZONE,
+    Bind,
+    NoProof,
+    ProvedAbsent,
+    Sighting,
+    Undecided,
+    Verdict,
+    alike,
+    judge,
+)
 from gateway.log import get_logger
 from gateway.metrics import Metrics
 from gateway.records import (
@@ -52,7 +63,7 @@ from gateway.records import (
 )
 from gateway.schedule import last_check, stuck_limit
 from gateway.store import Store
-from gateway.store_work import CallSettings
+from gateway.store_work import CallSettings, Evidence
 
 QUESTIONS_AT_ONCE = 4
 _LOOK_EVERY = 1.0  # seconds: due times need no bell
@@ -73,7 +84,6 @@ class Dispatcher:
         *,
         settings: CallSettings,
         rules: Rules,
-        clock: Callable[[], float],
         metrics: Metrics,
         keep_documents: float,
         keep_records: float,
@@ -82,10 +92,10 @@ class Dispatcher:
         self._carrier = carrier
         self._settings = settings
         self._rules = rules
-        self._clock = clock
         self._metrics = metrics
         self._keep = (keep_documents, keep_records)
         self._calls: set[asyncio.Task[None]] = set()
+        self._answers_due: set[str] = set()  # attempts whose POST is under way in this process
         self._claiming = asyncio.Lock()  # from the look at `_stopping` until the call is in `_calls`
         self._stopping = False
 
@@ -104,8 +114,11 @@ class Dispatcher:
         swept = purged = time.monotonic()
         purge_every = max(1.0, min(600.0, self._keep[0] / 4))
 
+        restoring = True  # until the store says otherwise
+
         async def care() -> bool:
-            nonlocal swept, purged
+            nonlocal swept, purged, restoring
+            restoring = restoring and not await self._end_restore()
             more = bool(await self._store.pass_time())
             if time.monotonic() - swept > _SWEEP_EVERY:
                 swept = time.monotonic()
@@ -120,6 +133,25 @@ class Dispatcher:
             return more
 
         await self._loop("caretaker", wake, care)
+
+    async def _end_restore(self) -> bool:
+        """If the database is a restored backup, find out what was sent since; return whether that is done."""
+        restoring = await self._store.restoring()
+        if restoring is None:
+            return True
+        since, now = restoring
+        try:
+            sent = await self._sent_since(since, now)
+            sent = await self._sent_since(since, now)  # now that the answer told the carrier's time
+        except Unavailable as error:
+            log.warning("restore_checked", error=error.cause)
+            return False
+        log.warning("restore_checked", listed=len(sent), held=await self._store.end_restore(sent))
+        return True
+
+    async def _sent_since(self, since: float, now: float) -> list[Sighting]:
+        by_carrier = since - self._carrier.ahead(now) - CLOCK_SKEW
+        return await self._carrier.sent_since(self._settings.from_number, by_carrier)
 
     async def drain(self, grace: float) -> None:
         """Begin no more calls; let open POSTs finish for `grace` seconds. The rest stays to be doubted."""
@@ -156,6 +188,9 @@ class Dispatcher:
             task = asyncio.create_task(self._call(fax, fax.last, begun), name=f"call {fax.id}")
             self._calls.add(task)
             task.add_done_callback(self._calls.discard)
+            attempt_id = fax.last.id
+            self._answers_due.add(attempt_id)
+            task.add_done_callback(lambda _: self._answers_due.discard(attempt_id))
             return True
 
     async def _call(self, fax: Fax, attempt: Attempt, begun: float) -> None:
@@ -170,7 +205,7 @@ class Dispatcher:
                 events = [await self._post(fax, attempt, may_begin)]
         except StoreError as error:  # before the POST, which needs the document
             log.warning("store_failed", verb="call", fax=fax.id, error=str(error))
-            events = [Withdrawn(attempt.id, "the store did not answer", self._clock())]
+            events = [Withdrawn(attempt.id, "the store did not answer", 0.0)]
         except Exception as error:  # outermost: after the intent, the unknown is a doubt
             log.exception("task_failed", task="call", fax=fax.id, error=repr(error))
             events = [Doubted(attempt.id, "unforeseen fault")]
@@ -186,7 +221,7 @@ class Dispatcher:
                 return [NotTaken(attempt.id, error.cause, error.retry_after)]
             if found is not None:
                 log.info("call_withheld", fax=fax.id, attempt=attempt.ordinal, found=type(found).__name__)
-                return [Withdrawn(attempt.id, "an earlier attempt", self._clock() + _STILL_OPEN), found]
+                return [Withdrawn(attempt.id, "an earlier attempt", _STILL_OPEN), found]
         return []
 
     async def _look_at(self, fax: Fax, earlier: Attempt) -> Event | None:
@@ -198,7 +233,7 @@ class Dispatcher:
                 return Gone(earlier.id)
             return None if report.stage is Stage.FAILED else Reported(earlier.id, report)
         if earlier.end is End.ABSENT:
-            match await self._judge(fax, earlier, last=True):
+            match await self._judge(fax, earlier):
                 case Bind(carrier_id):
                     return Taken(earlier.id, carrier_id)
                 case NoProof(cause):
@@ -263,6 +298,15 @@ class Dispatcher:
     async def _ask(self, fax: Fax) -> None:
         """Ask about one fax; its lease keeps it from being asked about again at once when that fails."""
         try:
+            await self._ask_carrier(fax)
+            await self._store.asked(fax.id)
+        except StoreError as error:
+            log.warning("store_failed", verb="question", fax=fax.id, error=str(error))
+        except Exception as error:  # outermost: the next fax is asked about all the same
+            log.exception("task_failed", task="question", fax=fax.id, error=repr(error))
+
+    async def _ask_carrier(self, fax: Fax) -> None:
+        try:
             if fax.state is State.IN_DOUBT:
                 await self._check_doubt(fax, fax.open_attempts[-1])
                 return
@@ -271,10 +315,6 @@ class Dispatcher:
                     await self._store.apply(fax.id, await self._question(fax, attempt, attempt.carrier_id))
         except Unavailable as error:
             log.warning("carrier_asked", fax=fax.id, error=error.cause)
-        except StoreError as error:
-            log.warning("store_failed", verb="question", fax=fax.id, error=str(error))
-        except Exception as error:  # outermost: the next fax is asked about all the same
-            log.exception("task_failed", task="question", fax=fax.id, error=repr(error))
 
     async def _question(self, fax: Fax, attempt: Attempt, carrier_id: str) -> Event:
         try:
@@ -297,7 +337,12 @@ class Dispatcher:
         return Reported(attempt.id, report)
 
     async def _check_doubt(self, fax: Fax, attempt: Attempt) -> None:
-        verdict = await self._judge(fax, attempt, last=last_check(attempt, self._clock(), self._rules))
+        if attempt.id in self._answers_due:
+            # The clock was set: by it the claim has lapsed, while the POST may yet reach the carrier. No list
+            # proves anything before that has ended.
+            await self._store.apply(fax.id, Unanswered(attempt.id), version=fax.version)
+            return
+        verdict = await self._judge(fax, attempt)
         log.info("doubt_checked", fax=fax.id, attempt=attempt.ordinal, verdict=type(verdict).__name__)
         event: Event = Unanswered(attempt.id)
         match verdict:
@@ -310,19 +355,20 @@ class Dispatcher:
         # The verdict rests on the fax as it was: whoever was faster wins.
         await self._store.apply(fax.id, event, version=fax.version)
 
-    async def _judge(self, fax: Fax, attempt: Attempt, *, last: bool) -> Verdict:
+    async def _judge(self, fax: Fax, attempt: Attempt) -> Verdict:
         known = await self._store.evidence(fax.number, attempt.from_number)
-        since = min(attempt.started_at, known.control_at) - CLOCK_SKEW
-        listed = await self._list(attempt.from_number, since, optional=attempt.open)
-        fitting = [row for row in (*(listed or ()), *known.told) if fits(attempt, fax.number, row)]
-        overdue = self._clock() - attempt.started_at > stuck_limit(fax, self._rules)
+        overdue = known.now - attempt.started_at > stuck_limit(fax, self._rules)
+        last = not attempt.open or last_check(attempt, known.now, self._rules)
+        listed = await self._list(fax.number, attempt, known, last=last)
+        like_it = [row for row in (*(listed or ()), *known.told) if alike(attempt, fax.number, row)]
         verdict = judge(
             attempt,
             fax.number,
             listed=listed,
             told=known.told,
-            bound=await self._store.bound_ids([row.carrier_id for row in fitting]),
+            bound=await self._store.bound_ids([row.carrier_id for row in like_it]),
             control=known.control,
+            ahead=self._carrier.ahead(known.now),
             last=last,
             overdue=overdue,
         )
@@ -330,13 +376,22 @@ class Dispatcher:
             return NoProof("another fax to the number is in doubt too") if overdue else Undecided()
         return verdict
 
-    async def _list(self, from_number: str, since: float, *, optional: bool) -> list[Sighting] | None:
+    async def _list(
+        self, number: str, attempt: Attempt, known: Evidence, *, last: bool
+    ) -> list[Sighting] | None:
+        """Ask what was sent since the attempt and our control; None when an open doubt gets no answer."""
         begun = time.monotonic()
+        since = min(attempt.started_at, known.control_at) - CLOCK_SKEW
         try:
-            return await self._carrier.sent_since(from_number, since)
+            rows = await self._carrier.sent_since(attempt.from_number, since - self._carrier.ahead(known.now))
+            if last:  # what a wrong clock hides; only to the number, for a day may have many pages
+                since = attempt.started_at - WRONG_ZONE - self._carrier.ahead(known.now)
+                rows += await self._carrier.sent_since(attempt.from_number, since, number)
         except Unavailable:
-            if not optional:  # before a new POST an unanswered question is no answer
+            if not attempt.open:  # before a new POST an unanswered question is no answer
                 raise
             return None
+        else:
+            return rows
         finally:
             self._metrics.carrier("list", time.monotonic() - begun)

@@ -31,6 +31,7 @@ from gateway.fax_steps import (
     failed_for_good,
     held,
     last_reason,
+    never_arrives,
     perhaps_twice,
     requeue,
     with_attempt,
@@ -64,6 +65,7 @@ from gateway.records import (
     Reported,
     RetryAsked,
     Rules,
+    SetAside,
     Stage,
     State,
     Suspect,
@@ -150,7 +152,7 @@ def _rejected(fax: Fax, event: Rejected, now: float, rules: Rules) -> Step:
             return Step(fax, (*tell, alerted, Suspect(event.cause)))
     scope = attempt.from_number if event.blame is Blame.SENDER else "account"
     brake = Brake("hold", scope, event.cause, Proof.TAKEN)
-    return requeue(fax, now, now, (brake, brake_alert(event.cause)))
+    return requeue(fax, now, now, (brake, brake_alert(brake)))
 
 
 def _not_taken(fax: Fax, event: NotTaken, now: float, rules: Rules) -> Step:
@@ -167,30 +169,38 @@ def _withdrawn(fax: Fax, event: Withdrawn, now: float, rules: Rules) -> Step:
     attempt = fax.attempt(event.attempt_id)
     if not answers(fax, attempt):
         return Step(fax)
-    return requeue(with_attempt(fax, closed(attempt, End.WITHDRAWN, now)), event.again_at, now)
+    return requeue(with_attempt(fax, closed(attempt, End.WITHDRAWN, now)), now + event.wait, now)
 
 
 def _doubted(fax: Fax, event: Doubted, now: float, rules: Rules) -> Step:
     attempt = fax.attempt(event.attempt_id)
+    if doubtful(fax, attempt):  # its POST has ended only now: no check so far could know
+        fax = with_attempt(fax, replace(attempt, doubted_at=now))
+        return Step(replace(fax, due_at=now + rules.doubt_checks[0]))
     if not answers(fax, attempt):
         return Step(fax)
     fax = with_attempt(fax, replace(attempt, doubted_at=attempt.started_at))
-    return Step(replace(fax, state=State.IN_DOUBT, due_at=next_check(attempt.started_at, now, rules)))
+    due_at = next_check(attempt.started_at, fax.due_at, now, rules)
+    return Step(replace(fax, state=State.IN_DOUBT, due_at=due_at))
 
 
 def _unanswered(fax: Fax, event: Unanswered, now: float, rules: Rules) -> Step:
     attempt = fax.attempt(event.attempt_id)
     if not doubtful(fax, attempt):
         return Step(fax)
-    return Step(replace(fax, due_at=next_check(attempt.doubted_at or attempt.started_at, now, rules)))
+    counted_from = attempt.doubted_at or attempt.started_at
+    return Step(replace(fax, due_at=next_check(counted_from, fax.due_at, now, rules)))
 
 
 def _absent(fax: Fax, event: Absent, now: float, rules: Rules) -> Step:
-    del rules
     attempt = fax.attempt(event.attempt_id)
     if not doubtful(fax, attempt):
         return Step(fax)
-    return requeue(with_attempt(fax, closed(attempt, End.ABSENT, now)), now, now)
+    onward = requeue(with_attempt(fax, closed(attempt, End.ABSENT, now)), now, now)
+    if onward.fax.state is State.QUEUED and never_arrives(onward.fax):
+        detail = "call after call was lost on its way to the carrier"
+        return _set_aside(onward.fax, SetAside(HeldFor.HARMFUL, detail), now, rules)
+    return onward
 
 
 def _unprovable(fax: Fax, event: Unprovable, now: float, rules: Rules) -> Step:
@@ -282,9 +292,8 @@ def _after_failure(fax: Fax, attempt: Attempt, reason: str | None, now: float, r
     if row.kind in {Kind.ACCOUNT, Kind.SENDER, Kind.SPEND}:
         scope = attempt.from_number if row.kind is Kind.SENDER else "account"
         again = until_midnight(now) if row.kind is Kind.SPEND else None
-        return requeue(
-            fax, now, now, (Brake("hold", scope, row.name, Proof.CALLED, again), brake_alert(row.name))
-        )
+        brake = Brake("hold", scope, row.name, Proof.CALLED, again)
+        return requeue(fax, now, now, (brake, brake_alert(brake)))
     # Other failures can come before a call: of the document, of the number, of the carrier's own making.
     placed = row.kind in RETRIED - {Kind.PROVIDER}
     called: tuple[Effect, ...] = (Reached(Proof.CALLED, attempt.from_number),) if placed else ()
@@ -341,6 +350,17 @@ def _account_held(fax: Fax, event: AccountHeld, now: float, rules: Rules) -> Ste
     return Step(fax)
 
 
+def _set_aside(fax: Fax, event: SetAside, now: float, rules: Rules) -> Step:
+    del now, rules
+    # A contradiction stays one: only force calls that fax again.
+    known = {event.why, HeldFor.CONTRADICTION}
+    waits = fax.state is State.HELD and not fax.open_attempts and fax.held_for not in known
+    if not waits and fax.state not in {State.QUEUED, State.SENDING, State.IN_DOUBT}:
+        return Step(fax)
+    fax, tell = held(fax, event.why, event.detail)
+    return Step(fax, (*tell, Alert("fax_held", f"Fax {fax.id} is held: {event.detail}.")))
+
+
 _DECISIONS: dict[type, Callable[..., Step]] = {
     Begun: _begun,
     Taken: _taken,
@@ -356,6 +376,7 @@ _DECISIONS: dict[type, Callable[..., Step]] = {
     Reported: _reported,
     TimePassed: _time_passed,
     AccountHeld: _account_held,
+    SetAside: _set_aside,
     HoldAsked: fax_wishes.hold_asked,
     ReleaseAsked: fax_wishes.release_asked,
     CancelAsked: fax_wishes.cancel_asked,

@@ -38,6 +38,8 @@ class HeldFor(StrEnum):
     STUCK = "stuck"  # the call never ended
     GONE = "gone"  # the carrier no longer knows a fax that it took
     CONTRADICTION = "contradiction"  # the carrier says that it failed with success
+    HARMFUL = "harmful"  # the gateway came to an end each time it worked on it
+    RESTORED = "restored"  # the carrier has faxes to the number that the restored database does not know
 
 
 class End(StrEnum):
@@ -215,7 +217,7 @@ class Withdrawn:
 
     attempt_id: str
     cause: str
-    again_at: float
+    wait: float  # seconds until the next try
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +270,14 @@ class TimePassed:
 
 
 @dataclass(frozen=True, slots=True)
+class SetAside:
+    """Working on it goes on only after a person looked: it does harm, or may have been sent already."""
+
+    why: HeldFor
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class AccountHeld:
     """The whole account waits: the sender is told once, and a suspect goes back to the queue."""
 
@@ -309,7 +319,7 @@ class RetryAsked:
 
 OwnEvent = (
     Begun | Taken | Rejected | NotTaken | Withdrawn | Doubted | Unanswered | Absent | Unprovable
-    | CancelSent | Gone | TimePassed | AccountHeld
+    | CancelSent | Gone | TimePassed | AccountHeld | SetAside
 )  # fmt: skip
 OperatorEvent = HoldAsked | ReleaseAsked | CancelAsked | RetryAsked
 Event = OwnEvent | Reported | OperatorEvent

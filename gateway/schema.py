@@ -23,6 +23,7 @@ from sqlalchemy import (
     Table,
     Text,
     text,
+    true,
 )
 
 metadata = MetaData(
@@ -94,9 +95,14 @@ faxes = Table(
     Column("reason", String),
     Column("turn", Float, nullable=False),  # the order of calls: senders take turns
     Column("lease_until", Float, nullable=False),  # who asks the carrier about it now
+    Column("ripe", Boolean, nullable=False, server_default=true()),  # queued, and `due_at` has come
+    Column("asks", Integer, nullable=False, server_default="0"),  # questions begun since one was finished
 )
-Index("ix_faxes_waiting", faxes.c.turn, sqlite_where=text("state = 'queued'"),
-      postgresql_where=text("state = 'queued'"))  # fmt: skip
+# The search for the next call must not walk past 100,000 faxes that wait for their time.
+Index("ix_faxes_ripe", faxes.c.turn, faxes.c.number, sqlite_where=text("state = 'queued' AND ripe"),
+      postgresql_where=text("state = 'queued' AND ripe"))  # fmt: skip
+Index("ix_faxes_unripe", faxes.c.due_at, sqlite_where=text("state = 'queued' AND NOT ripe"),
+      postgresql_where=text("state = 'queued' AND NOT ripe"))  # fmt: skip
 Index("ix_faxes_due", faxes.c.state, faxes.c.due_at, sqlite_where=text("ended_at IS NULL"),
       postgresql_where=text("ended_at IS NULL"))  # fmt: skip
 Index("ix_faxes_untold", faxes.c.accepted_at, sqlite_where=text("ended_at IS NULL AND NOT told_delayed"),
@@ -218,8 +224,13 @@ outbox = Table(
     Column("sent_at", Float),
     Column("given_up_at", Float),
     Column("error", String, nullable=False),
+    Column("turn", Float, nullable=False, server_default="0"),  # the order of sending: recipients take turns
 )
-Index("ix_outbox_due", outbox.c.due_at, sqlite_where=text("sent_at IS NULL AND given_up_at IS NULL"),
+Index("ix_outbox_turn", outbox.c.turn, outbox.c.due_at, outbox.c.lease_until,
+      sqlite_where=text("sent_at IS NULL AND given_up_at IS NULL"),
+      postgresql_where=text("sent_at IS NULL AND given_up_at IS NULL"))  # fmt: skip
+Index("ix_outbox_recipient", outbox.c.recipient, outbox.c.turn,
+      sqlite_where=text("sent_at IS NULL AND given_up_at IS NULL"),
       postgresql_where=text("sent_at IS NULL AND given_up_at IS NULL"))  # fmt: skip
 
 # Rule 6: the same mail twice is one fax.

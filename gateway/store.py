@@ -12,15 +12,16 @@ Fails: `StoreFull` and `StoreUnavailable`; verbs about one fax also `UnknownFax`
 
 import asyncio
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy.engine import Connection
 
-from gateway import store_apply, store_desk, store_intake, store_outbox, store_work
+from gateway import store_apply, store_desk, store_intake, store_outbox, store_restore, store_work
 from gateway.carrier import CarrierEvent
 from gateway.database import Database
+from gateway.doubt import Sighting
 from gateway.records import Event, Fax, OutboxEntry, Rules
 from gateway.store_apply import News, Unit
 from gateway.store_intake import CHUNK, Accepted, Submission
@@ -37,13 +38,14 @@ class Store:
         self,
         database: Database,
         *,
-        clock: Callable[[], float],
         rules: Rules,
         postmaster: str,
         observe: Callable[[News], None] | None = None,
+        clock: Callable[[Connection], float] | None = None,
     ) -> None:
+        """`observe` hears of every change after its commit; `clock` is the database's own unless given."""
         self._database = database
-        self._clock = clock
+        self._clock = clock or database.clock
         self._rules = rules
         self._postmaster = postmaster
         self._observe = observe
@@ -53,7 +55,7 @@ class Store:
 
         def work(connection: Connection) -> T:
             # The time is taken when the work begins, not when it was asked for: leases count from it.
-            unit.append(Unit(connection, self._clock(), self._rules, self._postmaster))
+            unit.append(self._unit(connection))
             return verb(unit[-1], *args, **kwargs)
 
         def observe(done: asyncio.Future[T]) -> None:
@@ -64,6 +66,14 @@ class Store:
         committed = self._database.write(work)
         committed.add_done_callback(observe)  # a cancelled caller's work happens all the same
         return await asyncio.shield(committed)
+
+    @property
+    def place(self) -> str:
+        """Where it is, without a password, for the log."""
+        return str(self._database.url)
+
+    def _unit(self, connection: Connection) -> Unit:
+        return Unit(connection, self._clock(connection), self._rules, self._postmaster)
 
     # --- mail in -----------------------------------------------------------------------------------
 
@@ -89,6 +99,10 @@ class Store:
         """Return faxes that the carrier is to be asked about now."""
         return await self._do(store_work.claim_questions, most)
 
+    async def asked(self, fax_id: str) -> None:
+        """Note that a question came to an end, with or without an answer."""
+        await self._do(store_work.asked, fax_id)
+
     async def evidence(self, number: str, from_number: str) -> Evidence:
         """Gather what is known about a doubt, before the carrier is asked."""
         return await self._do(store_work.evidence, number, from_number)
@@ -111,7 +125,19 @@ class Store:
 
     async def take_over(self, from_number: str) -> int:
         """After a start: doubt what the last process was about to send; return how many that were."""
-        return await self._do(store_work.take_over, from_number)
+        return await self._do(store_work.take_over, from_number, alone=self._database.alone)
+
+    async def begin_restore(self) -> None:
+        """Let nothing be called until the carrier was asked what happened since the backup."""
+        await self._do(store_restore.begin_restore)
+
+    async def restoring(self) -> tuple[float, float] | None:
+        """Return up to when a restored database knows everything, and now; None: no restore is under way."""
+        return await self._do(store_restore.restoring)
+
+    async def end_restore(self, sent: Sequence[Sighting]) -> int:
+        """Set aside the waiting faxes that may be among `sent`; return how many."""
+        return await self._do(store_restore.end_restore, sent)
 
     async def pass_time(self) -> int:
         """Let time happen to every fax whose time has come; return how many it changed."""
@@ -131,9 +157,9 @@ class Store:
         """Record that the relay took it."""
         return await self._do(store_outbox.sent, entry_id, fence)
 
-    async def notice_deferred(self, entry_id: str, fence: int, due_at: float, why: str) -> bool:
-        """Record that it is to be tried again at `due_at`."""
-        return await self._do(store_outbox.deferred, entry_id, fence, due_at, why)
+    async def notice_deferred(self, entry_id: str, fence: int, wait: float, why: str) -> bool:
+        """Record that it is to be tried again in `wait` seconds."""
+        return await self._do(store_outbox.deferred, entry_id, fence, wait, why)
 
     async def notice_given_up(self, entry_id: str, fence: int, why: str) -> bool:
         """Record that it will not be tried again."""
@@ -163,15 +189,11 @@ class Store:
 
     async def show(self, fax_id: str) -> store_desk.Dossier:
         """Return everything about one fax; raises UnknownFax."""
-
-        def work(connection: Connection) -> store_desk.Dossier:
-            return store_desk.show(Unit(connection, self._clock(), self._rules, self._postmaster), fax_id)
-
-        return await self._database.read(work)
+        return await self._database.read(lambda connection: store_desk.show(self._unit(connection), fax_id))
 
     async def count(self) -> store_desk.Counts:
         """Count the queue."""
-        return await self._database.read(partial(store_desk.count, now=self._clock()))
+        return await self._database.read(lambda connection: store_desk.count(self._unit(connection)))
 
     async def document(self, document_id: str) -> bytes | None:
         """Return a document's bytes, None once purged."""

@@ -13,15 +13,18 @@ the unit of work is undone whole.
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
+from enum import IntEnum
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection, RowMapping
 
+from gateway import reasons
 from gateway import schema as s
-from gateway.database import StoreError
+from gateway.database import Conflict, StoreError
 from gateway.fax import transition
+from gateway.reasons import Kind
 from gateway.records import (
     AccountHeld,
     Alert,
@@ -48,16 +51,14 @@ from gateway.records import (
     Unprovable,
     Withdrawn,
 )
+from gateway.schedule import until_midnight
 
 _BRAKE_WAITS = {"pause": (60.0, 900.0), "hold": (300.0, 3600.0)}  # first and longest wait of the probes, s
+_FARTHEST_PROBE = 3600.0  # seconds: the longest wait of ours, and the longest that a carrier may ask for
 
 
 class UnknownFax(StoreError):
     """There is no fax of that id."""
-
-
-class Conflict(StoreError):
-    """Another writer changed the fax in between; look again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,24 @@ class Unit:
         return [item for item in self.news if isinstance(item, Change)]
 
 
+class Turn(IntEnum):
+    """What is done by one gateway at a time; the numbers name advisory locks of PostgreSQL."""
+
+    CALL = 1  # choosing the next call: brakes, channels and numbers are looked at as a whole
+    TIME = 2  # letting time pass over many faxes
+    PAPER = 3  # throwing documents away, and using one again
+    REFUSAL = 4  # counting refusals that may concern the account
+
+
+def take_turn(unit: Unit, turn: Turn) -> None:
+    """Wait until no other gateway does the same; it lasts until the commit. SQLite has one writer anyway."""
+    if unit.connection.dialect.name == "postgresql":
+        unit.connection.execute(_TAKE_TURN, {"of": _TURNS_OF_THE_STORE, "turn": turn.value})
+
+
+_TURNS_OF_THE_STORE = 0x666178  # the class of its advisory locks, for other programs keep off
+_TAKE_TURN = sa.select(sa.func.pg_advisory_xact_lock(sa.bindparam("of"), sa.bindparam("turn")))
+
 News = Change | Alert | Brake
 """What the log and the metrics hear of after the commit."""
 
@@ -108,7 +127,7 @@ _ATTEMPT_CHANGES = tuple(name for name in _ATTEMPT_FIELDS if name not in {"id", 
 _SAVE_FAX = (
     s.faxes.update()
     .where(s.faxes.c.id == sa.bindparam("fax_id"), s.faxes.c.version == sa.bindparam("old_version"))
-    .values({name: sa.bindparam(name) for name in (*_FAX_CHANGES, "lease_until")})
+    .values({name: sa.bindparam(name) for name in (*_FAX_CHANGES, "lease_until", "ripe", "asks")})
 )
 _ADD_ATTEMPT = s.attempts.insert()
 _SAVE_ATTEMPT = (
@@ -170,7 +189,7 @@ def apply(unit: Unit, fax_id: str, event: Event, *, version: int | None = None) 
     after = fax
     if step.fax is not fax:
         after = replace(step.fax, version=fax.version + 1)
-        _save(unit.connection, fax, after)
+        _save(unit, fax, after)
     if step.fax is not fax or step.effects or isinstance(event, Reported):
         _record(unit, after, event)
         unit.news.append(Change(fax, after, event, step.effects))
@@ -198,9 +217,11 @@ def _fenced(fax: Fax, event: Event, now: float) -> Event:
     return event
 
 
-def _save(connection: Connection, before: Fax, after: Fax) -> None:
+def _save(unit: Unit, before: Fax, after: Fax) -> None:
+    connection = unit.connection
     values = {name: getattr(after, name) for name in _FAX_CHANGES}
-    values |= {"fax_id": after.id, "old_version": before.version, "lease_until": 0.0}
+    values |= {"fax_id": after.id, "old_version": before.version}
+    values |= {"lease_until": 0.0, "ripe": after.due_at <= unit.now, "asks": 0}
     if connection.execute(_SAVE_FAX, values).rowcount != 1:
         raise Conflict(f"fax {after.id} was changed by another gateway")
     known = {attempt.id: attempt for attempt in before.attempts}
@@ -253,7 +274,9 @@ CLAIM_EVENT = (
 def know_carrier_id(unit: Unit, carrier_id: str) -> None:
     """Insert the carrier's id where answers and events meet; the second to come waits for the first."""
     insert = upsert(unit.connection, s.carrier_ids).values(carrier_id=carrier_id, seen_at=unit.now)
-    unit.connection.execute(insert.on_conflict_do_nothing())
+    # Not DO NOTHING: that would not wait for whoever found the row there too.
+    same = {"seen_at": s.carrier_ids.c.seen_at}
+    unit.connection.execute(insert.on_conflict_do_update(index_elements=["carrier_id"], set_=same))
 
 
 def _contested(unit: Unit, fax_id: str, event: Taken, owner: str) -> Fax:
@@ -291,7 +314,7 @@ def write_report(report: Report | None) -> str | None:
 # --- effects ---------------------------------------------------------------------------------------
 
 _DROP_BRAKES = s.brakes.delete().where(
-    s.brakes.c.kind != "operator",
+    s.brakes.c.kind.in_(["hold", "pause"]),
     s.brakes.c.proof <= sa.bindparam("reached"),
     s.brakes.c.since <= sa.bindparam("begun"),  # an older call proves nothing
     s.brakes.c.scope.in_(["account", sa.bindparam("sender")]),
@@ -324,6 +347,7 @@ def _carry_out(unit: Unit, fax: Fax, event: Event, effect: Effect) -> None:
             values = {"reached": int(proof), "sender": from_number, "begun": begun}
             unit.connection.execute(_DROP_BRAKES, values)
         case Suspect(cause):
+            take_turn(unit, Turn.REFUSAL)
             suspects = unit.connection.execute(_SUSPECTS, {"cause": cause}).all()
             known = unit.connection.execute(_ACCOUNT_HOLD).scalar() == cause  # this fax was its probe
             if known or len({row.number for row in suspects}) > 1:
@@ -333,15 +357,26 @@ def _carry_out(unit: Unit, fax: Fax, event: Event, effect: Effect) -> None:
                     apply(unit, row.id, AccountHeld(cause))
 
 
+_SPACING = 1.0  # seconds, though not of any clock: a mail more is as if it had come so much later
+_LAST_TURN = sa.select(sa.func.max(s.outbox.c.turn)).where(
+    sa.text("sent_at IS NULL AND given_up_at IS NULL"), s.outbox.c.recipient == sa.bindparam("of")
+)
+
+
 def post(
     unit: Unit, entry_id: str, recipient: str, *, fax_id: str | None = None, notice: str | None = None,
     cause: str | None = None, payload: bytes | None = None,
 ) -> None:  # fmt: skip
-    """Put one mail into the outbox; a second one of the same id is the same mail."""
+    """Put one mail into the outbox; a second one of the same id is the same mail.
+
+    Its turn is now, or behind the recipient's last mail that waits: so recipients take turns.
+    """
+    last = unit.connection.execute(_LAST_TURN, {"of": recipient}).scalar()
+    turn = unit.now if last is None else max(unit.now, last + _SPACING)
     values = {
         "id": entry_id, "fax_id": fax_id, "notice": notice, "cause": cause, "recipient": recipient,
         "payload": payload, "queued_at": unit.now, "due_at": unit.now, "lease_until": 0.0, "fence": 0,
-        "tries": 0, "error": "",
+        "tries": 0, "error": "", "turn": turn,
     }  # fmt: skip
     insert = upsert(unit.connection, s.outbox).values(values).on_conflict_do_nothing()
     unit.connection.execute(insert)
@@ -374,6 +409,33 @@ def _brake(unit: Unit, brake: Brake) -> None:
     else:
         doubled = min(known * 2, longest)
         unit.connection.execute(s.brakes.update().where(*where).values(values | {"wait": doubled}))
+
+
+_BRAKES = sa.select(s.brakes)
+_SET_BRAKE = (
+    s.brakes.update()
+    .where(s.brakes.c.kind == sa.bindparam("of_kind"), s.brakes.c.scope == sa.bindparam("of_scope"))
+    .values(since=sa.bindparam("new_since"), probe_at=sa.bindparam("new_probe_at"))
+)
+
+
+def standing_brakes(unit: Unit) -> list[Any]:
+    """Return what stops the queue.
+
+    When the clock was set back, a brake would begin in the future, where no new call is proof that it is
+    over, and its probe might be hours away: both are brought back to where they can be.
+    """
+    brakes, moved = unit.connection.execute(_BRAKES).all(), False
+    for brake in brakes:
+        spend = reasons.lookup(brake.cause).kind is Kind.SPEND
+        farthest = unit.now + max(_FARTHEST_PROBE, until_midnight(unit.now) if spend else 0.0)
+        since = min(brake.since, unit.now)
+        probe_at = None if brake.probe_at is None else min(brake.probe_at, farthest)
+        if (since, probe_at) != (brake.since, brake.probe_at):
+            moved = True
+            values = {"of_kind": brake.kind, "of_scope": brake.scope}
+            unit.connection.execute(_SET_BRAKE, values | {"new_since": since, "new_probe_at": probe_at})
+    return list(unit.connection.execute(_BRAKES) if moved else brakes)
 
 
 def upsert(connection: Connection, table: sa.Table) -> Any:

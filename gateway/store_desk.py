@@ -17,7 +17,7 @@ from sqlalchemy.engine import Connection
 
 from gateway import schema as s
 from gateway.records import FINAL, Fax, Proof, ReceivedMail, State
-from gateway.store_apply import Unit, load, upsert
+from gateway.store_apply import Turn, Unit, load, take_turn, upsert
 from gateway.store_outbox import load_mail
 
 # What one unit of work throws away: every page of it is overwritten, and nobody else writes meanwhile.
@@ -172,8 +172,9 @@ def _fate(sent_at: float | None, given_up_at: float | None, error: str) -> str:
     return f"{'given up' if given_up_at is not None else 'waiting'}{': ' + error if error else ''}"
 
 
-def count(connection: Connection, now: float) -> Counts:
+def count(unit: Unit) -> Counts:
     """Count the queue."""
+    connection, now = unit.connection, unit.now
     oldest = connection.execute(_OLDEST).scalar()
     return Counts(
         states={row.state: row.faxes for row in connection.execute(_STATES)},
@@ -214,7 +215,8 @@ def hold_all(unit: Unit) -> None:
 def release_all(unit: Unit) -> None:
     """End the operator's hold, and let the probes of the other holds and pauses go at once."""
     unit.connection.execute(s.brakes.delete().where(s.brakes.c.kind == "operator"))
-    unit.connection.execute(s.brakes.update().values(probe_at=unit.now))
+    probed = s.brakes.c.kind.in_(["hold", "pause"])
+    unit.connection.execute(s.brakes.update().where(probed).values(probe_at=unit.now))
 
 
 # --- throwing away ---------------------------------------------------------------------------------
@@ -259,6 +261,7 @@ _BLANK = (
 
 def purge_documents(unit: Unit, keep: float) -> int:
     """Throw away some documents that nobody needs any more; return how many, 0 when none is left."""
+    take_turn(unit, Turn.PAPER)
     gone: list[str] = []
     room = _STEP_BYTES
     for row in unit.connection.execute(_OVER, {"before": unit.now - keep}).all():
@@ -289,6 +292,7 @@ _OLD_MAILS = (
 
 def purge_records(unit: Unit, keep: float) -> int:
     """Throw away what is known of some mails that ended long ago; return how many, 0 when none is left."""
+    take_turn(unit, Turn.PAPER)
     connection, before = unit.connection, {"before": unit.now - keep}
     rows = connection.execute(_OLD_MAILS, before).all()
     for row in rows:

@@ -4,7 +4,7 @@ In charge of: handing each due mail to one sender at a time, and recording what 
 
 Promises: what is queued stays until the relay took it or it was given up, with an alert. A claim carries a
 fence: who comes back after the lease with an old one records nothing, so a mail is at worst repeated under
-the same Message-ID.
+the same Message-ID. Recipients take turns: thousands of mails to one keep nobody else's waiting.
 
 Fails: like the database.
 """
@@ -21,11 +21,13 @@ from gateway.store_apply import Unit, alert, load
 
 NOTICE_LEASE = 300.0  # seconds for one mail to be composed and handed over
 
+HARMFUL_AFTER = 5  # claims in a row that nobody came back from: the gateway falls over this mail
+
 PENDING = sa.text("sent_at IS NULL AND given_up_at IS NULL")
 _DUE = (
     sa.select(s.outbox)
     .where(PENDING, s.outbox.c.due_at <= sa.bindparam("now"), s.outbox.c.lease_until <= sa.bindparam("now"))
-    .order_by(s.outbox.c.due_at)
+    .order_by(s.outbox.c.turn)
     .limit(sa.bindparam("most"))
     .with_for_update(skip_locked=True)
 )
@@ -51,13 +53,17 @@ _CAUSE = sa.select(s.outbox.c.cause).where(s.outbox.c.id == sa.bindparam("entry_
 
 
 def claim_notices(unit: Unit, most: int) -> list[OutboxEntry]:
-    """Return mails that are due, leased to the caller. A "still trying" that its end overtook is dropped."""
-    rows = unit.connection.execute(_DUE, {"now": unit.now, "most": most}).all()
-    for row in rows:
-        unit.connection.execute(_LEASE, {"entry_id": row.id, "until": unit.now + NOTICE_LEASE})
-    entries = [_entry(unit, row) for row in rows]
+    """Return mails that are due, leased to the caller.
+
+    A "still trying" that its end overtook is dropped; one that the gateway fell over each time is given up.
+    """
     due = []
-    for entry in entries:
+    for row in unit.connection.execute(_DUE, {"now": unit.now, "most": most}).all():
+        unit.connection.execute(_LEASE, {"entry_id": row.id, "until": unit.now + NOTICE_LEASE})
+        if row.fence - row.tries >= HARMFUL_AFTER:
+            given_up(unit, row.id, row.fence + 1, "the gateway came to an end each time it worked on it")
+            continue
+        entry = _entry(unit, row)
         if entry.notice is Notice.DELAYED and entry.fax is not None and entry.fax.final:
             values = {
                 "entry_id": entry.id,
@@ -98,9 +104,9 @@ def sent(unit: Unit, entry_id: str, fence: int) -> bool:
     return bool(unit.connection.execute(_SENT, values).rowcount)
 
 
-def deferred(unit: Unit, entry_id: str, fence: int, due_at: float, why: str) -> bool:
-    """Record that it is to be tried again."""
-    values = {"entry_id": entry_id, "held": fence, "at": due_at, "why": why}
+def deferred(unit: Unit, entry_id: str, fence: int, wait: float, why: str) -> bool:
+    """Record that it is to be tried again in `wait` seconds."""
+    values = {"entry_id": entry_id, "held": fence, "at": unit.now + wait, "why": why}
     return bool(unit.connection.execute(_DEFERRED, values).rowcount)
 
 

@@ -7,9 +7,14 @@ Promises: only the parts that a command needs are loaded, so that `list` answers
 Fails: `WrongDatabase` when the store cannot be opened.
 """
 
+import contextlib
+import fcntl
+import itertools
+import os
 import socket
-import time
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 from gateway.config import Settings
 from gateway.database import Database
@@ -52,15 +57,52 @@ def open_store(
     *,
     serve: bool,
     news: Callable[[], None] = lambda: None,
+    broken: Callable[[Exception], None] = lambda _error: None,
     observe: Callable[[News], None] | None = None,
 ) -> Store:
     """Open the store; only with `serve` is it created or upgraded. Raises WrongDatabase."""
-    database = Database(settings.store.url, news)
+    database = _database(settings.store.url.get_secret_value(), news, broken)
     database.open(serve=serve)
     return Store(
         database,
-        clock=time.time,
         rules=rules_of(settings),
         postmaster=settings.replies.postmaster,
         observe=observe,
     )
+
+
+def _database(url: str, news: Callable[[], None], broken: Callable[[Exception], None]) -> Database:
+    if url.startswith("sqlite:"):
+        from gateway.sqlite import SqliteDatabase  # noqa: PLC0415 -- the drivers take long to load
+
+        return SqliteDatabase(url, news, broken)
+    from gateway.postgresql import PostgresqlDatabase  # noqa: PLC0415 -- as above
+
+    return PostgresqlDatabase(url, news, broken)
+
+
+@contextlib.contextmanager
+def workplace(settings: Settings, environ: Mapping[str, str]) -> Iterator[Path]:
+    """Yield a folder for this gateway alone, where mails lie while they are prepared. Raises OSError.
+
+    It is `incoming` beside the SQLite file, which only one gateway serves. Gateways with PostgreSQL take the
+    first free of `incoming-1`, `incoming-2` … in the unit's state directory, else in one for temporary files,
+    so that what a killed one left is swept by its successor.
+    """
+    url = settings.store.url.get_secret_value()
+    if url.startswith("sqlite:"):
+        yield Path(url.removeprefix("sqlite:///")).parent / "incoming"
+        return
+    base = environ.get("STATE_DIRECTORY")
+    place = Path(base) if base else Path(tempfile.gettempdir(), f"email-fax-gateway-{os.getuid()}")
+    place.mkdir(mode=0o700, exist_ok=True)
+    if place.is_symlink() or place.stat().st_uid != os.getuid():
+        raise OSError(f"{place} is not ours: set STATE_DIRECTORY to a folder that is")
+    for number in itertools.count(1):
+        with (place / f"incoming-{number}.lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            yield place / f"incoming-{number}"
+            return

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Self, TypeVar
 
 from gateway.fax import transition
+from gateway.fax_steps import LOST_IN_A_ROW
 from gateway.records import (
     Absent,
     AccountHeld,
@@ -18,6 +19,7 @@ from gateway.records import (
     Event,
     Fax,
     Gone,
+    HeldFor,
     HoldAsked,
     Notice,
     NotTaken,
@@ -27,6 +29,7 @@ from gateway.records import (
     Reported,
     RetryAsked,
     Rules,
+    SetAside,
     Stage,
     State,
     Taken,
@@ -148,9 +151,9 @@ def not_taken(retry_after: float | None = None, ordinal: int = 0) -> Maker:
     return lambda fax: NotTaken(_id(fax, ordinal), "HTTP 429", retry_after)
 
 
-def withdrawn(again_at: float = NOW + 900.0, ordinal: int = 0) -> Maker:
+def withdrawn(wait: float = 900.0, ordinal: int = 0) -> Maker:
     """Make the outcome of a look that forbids the POST."""
-    return lambda fax: Withdrawn(_id(fax, ordinal), "the last call is not known to have failed", again_at)
+    return lambda fax: Withdrawn(_id(fax, ordinal), "the last call is not known to have failed", wait)
 
 
 def doubted(ordinal: int = 0) -> Maker:
@@ -181,6 +184,11 @@ def cancel_sent(ordinal: int = 0) -> Maker:
 def gone(ordinal: int = 0) -> Maker:
     """Make the carrier's 404."""
     return lambda fax: Gone(_id(fax, ordinal))
+
+
+def set_aside(why: HeldFor = HeldFor.RESTORED) -> Maker:
+    """Make the decision that a person must look first."""
+    return lambda _fax: SetAside(why, "the carrier has a fax to the number that nobody knows")
 
 
 def said(
@@ -231,7 +239,7 @@ def about_attempts(ordinal: int) -> dict[str, Maker]:
         "taken under another id": taken(ordinal, "c-other"),
         **{f"rejected, {blame}": rejected(blame, ordinal) for blame in Blame},
         "not taken": not_taken(None, ordinal),
-        "withdrawn": withdrawn(NOW, ordinal),
+        "withdrawn": withdrawn(0.0, ordinal),
         "doubted": doubted(ordinal),
         "unanswered": unanswered(ordinal),
         "absent": absent(ordinal),
@@ -260,6 +268,7 @@ ABOUT_FAX: dict[str, Maker] = {
     "begun": begun,
     "time": TIME,
     "account held": ACCOUNT_HELD,
+    "set aside": set_aside(),
     "hold": HOLD,
     "release": RELEASE,
     "cancel": CANCEL,
@@ -274,6 +283,14 @@ ABOUT_FAX: dict[str, Maker] = {
 def _ghost() -> Walk:
     """Let attempt 1, proved absent, turn up at the carrier after its retry has begun."""
     return Walk().begin().make(doubted()).make(absent()).begin().make(taken(1))
+
+
+def lost(calls: int) -> Walk:
+    """Let so many calls in a row be proved absent."""
+    walk = Walk()
+    for _ in range(calls):
+        walk.begin().make(doubted()).make(absent())
+    return walk
 
 
 SITUATIONS: dict[str, Callable[[], Walk]] = {
@@ -300,6 +317,9 @@ SITUATIONS: dict[str, Callable[[], Walk]] = {
     "delivered": lambda: Walk().call().make(delivered()),
     "failed": lambda: Walk().fail("destination_invalid"),
     "failed, given up": lambda: Walk().make(TIME, DAY),
+    "held, harmful": lambda: Walk().begin().make(doubted()).make(set_aside(HeldFor.HARMFUL)),
+    "held, restored": lambda: Walk().fail("user_busy").make(set_aside()),
+    "held, call after call lost": lambda: lost(LOST_IN_A_ROW),
     "cancelled": lambda: Walk().fail("user_busy").make(CANCEL),
     "cancelled in doubt": lambda: Walk().begin().make(doubted()).make(unprovable()).make(CANCEL),
 }

@@ -9,7 +9,7 @@ import os
 import signal
 import smtplib
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.message import EmailMessage
 from pathlib import Path
@@ -118,15 +118,30 @@ QUICK: dict[str, dict[str, Any]] = {
 """Settings with the waits of minutes made milliseconds."""
 
 
-class Gateway:
-    """One `fax-gateway serve` with a folder, a configuration and a database of its own."""
+PROGRAM = (sys.executable, "-m", "gateway")
 
-    def __init__(self, folder: Path, settings: dict[str, dict[str, Any]]) -> None:
+
+class Gateway:
+    """One `fax-gateway serve` with a folder and a configuration of its own.
+
+    `program` starts it, with `environ` beside what every command needs.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, dict[str, Any]],
+        program: Sequence[str] = PROGRAM,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder = folder
         self.settings = settings
+        self._program = program
+        self._environ = environ or {}
         self.config = folder / "config.toml"
         self.log: list[dict[str, Any]] = []  # since the last start
         self.stdout = self.stderr = ""
+        self.options: tuple[str, ...] = ()  # of `serve`
         self.smtp_port = self.http_port = 0
         self._process: asyncio.subprocess.Process | None = None
         self._readers: list[asyncio.Task[None]] = []
@@ -145,7 +160,7 @@ class Gateway:
         self.write_config()
         self.log.clear()
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "gateway", "serve", "--config", str(self.config),
+            *self._program, "serve", *self.options, "--config", str(self.config),
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=self._environment(),
             limit=2**20,
         )  # fmt: skip
@@ -161,7 +176,7 @@ class Gateway:
 
     def _environment(self) -> dict[str, str]:
         wanted = ("PATH", "HOME", "COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG", "COVERAGE_FILE")
-        return {name: os.environ[name] for name in wanted if name in os.environ}
+        return {name: os.environ[name] for name in wanted if name in os.environ} | dict(self._environ)
 
     def _ended(self) -> bool:
         return self._process is not None and self._process.returncode is not None
@@ -223,7 +238,7 @@ class Gateway:
     async def run(self, *words: str) -> tuple[int, str, str]:
         """Run an operator's command beside the daemon; return exit code, output and errors."""
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "gateway", *words, "--config", str(self.config),
+            *self._program, *words, "--config", str(self.config),
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=self._environment(),
         )  # fmt: skip
         output, errors = await process.communicate()

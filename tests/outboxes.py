@@ -64,13 +64,13 @@ class Shelf:
         self.fates[entry_id] = ("sent", "")
         return fence == self.entries[entry_id].fence
 
-    async def notice_deferred(self, entry_id: str, fence: int, due_at: float, why: str) -> bool:
+    async def notice_deferred(self, entry_id: str, fence: int, wait: float, why: str) -> bool:
         """Record that it is to be tried again."""
         self._begin("deferred")
         self.held.discard(entry_id)
         entry = self.entries[entry_id]
         self.entries[entry_id] = replace(entry, tries=entry.tries + 1)
-        self.due[entry_id] = due_at
+        self.due[entry_id] = self.now + wait
         self.whys.append(why)
         return fence == entry.fence
 

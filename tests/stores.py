@@ -1,6 +1,7 @@
 """A store over a real database for the tests of the store's verbs, with a clock that the test sets.
 
-A test module takes the fixture by `store = stores.store`. What the fixture runs on is one line of `BACKENDS`.
+A test module takes a fixture by `store = stores.store`. `store` runs on each kind of database in turn,
+`sqlite_store` and `postgresql_store` on one; `gateways` are two gateways at one database, if it allows that.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import postgres
 import pytest
 import sqlalchemy as sa
 from faxes import APPLICATION, FROM, NOW, NUMBER, RULES
@@ -20,13 +22,15 @@ from gateway import store_apply
 from gateway.carrier import CarrierEvent
 from gateway.database import Database
 from gateway.doubt import Sighting
+from gateway.postgresql import PostgresqlDatabase
 from gateway.records import Alert, Begun, Event, Fax, ReceivedMail, Report, Rules, Stage, State, Taken
+from gateway.sqlite import SqliteDatabase
 from gateway.store import Store
 from gateway.store_apply import Change, News
 from gateway.store_intake import CHUNK, Accepted, Paper, Submission
 from gateway.store_work import CallSettings, Fate
 
-BACKENDS = ("sqlite",)
+BACKENDS = ("sqlite", "postgresql")
 SENDER = "clerk@example.com"
 POSTMASTER = "postmaster@example.com"
 DOCUMENT = b"%PDF-1.7 a small document"
@@ -40,7 +44,7 @@ class Clock:
     def __init__(self, now: float = NOW) -> None:
         self.now = now
 
-    def __call__(self) -> float:
+    def __call__(self, _connection: object = None) -> float:
         """Return the time, seconds since 1970."""
         return self.now
 
@@ -48,14 +52,16 @@ class Clock:
 class TriedStore(Store):
     """The store, with what a test needs beside it."""
 
-    def __init__(self, url: str, *, rules: Rules = RULES, serve: bool = True) -> None:
+    def __init__(
+        self, url: str, *, rules: Rules = RULES, serve: bool = True, clock: Clock | None = None
+    ) -> None:
         self.url = url
-        self.clock = Clock()
+        self.clock = clock or Clock()
         self.news: list[News] = []
-        self.database = Database(url, busy_timeout=1.0)
+        self.database = database_at(url)
         self.database.open(serve=serve)
         super().__init__(
-            self.database, clock=self.clock, rules=rules, postmaster=POSTMASTER, observe=self.news.append
+            self.database, rules=rules, postmaster=POSTMASTER, observe=self.news.append, clock=self.clock
         )
 
     @property
@@ -85,7 +91,9 @@ class TriedStore(Store):
             original_headers=b"Subject: An order\r\n",
         )  # fmt: skip
         recipients = tuple((number, f"{number}@fax.local") for number in numbers or (NUMBER,))
-        return await self.accept(Submission(mail, digest, recipients, paper), window)
+        message_key = None if message_id is None else sha256(message_id.encode()).hexdigest()
+        submission = Submission(mail, digest, recipients, paper, message_key=message_key)
+        return await self.accept(submission, window)
 
     async def queued(self, number: str = NUMBER, **mail: Any) -> Fax:
         """Return a fax that was just accepted."""
@@ -189,12 +197,34 @@ def overheard(database: Database) -> Iterator[list[tuple[str, Any]]]:
     def listen(_c: object, _cursor: object, statement: str, values: Any, _x: object, _many: object) -> None:
         heard.append((statement, values))
 
-    for engine in database._engines:
+    for engine in database.engines:
         sa.event.listen(engine, "before_cursor_execute", listen)
     try:
         yield heard
     finally:
-        for engine in database._engines:
+        for engine in database.engines:
+            sa.event.remove(engine, "before_cursor_execute", listen)
+
+
+@contextlib.contextmanager
+def transactions(database: Database) -> Iterator[list[list[tuple[str, Any]]]]:
+    """Listen like `overheard`, to each transaction by itself: several may be under way at a time."""
+    began: list[list[tuple[str, Any]]] = []
+    of_connection: dict[object, list[tuple[str, Any]]] = {}
+
+    def listen(connection: object, _cursor: object, sql: str, values: Any, _x: object, _many: object) -> None:
+        if "BEGIN" in sql:
+            began.append([])
+            of_connection[connection] = began[-1]
+        else:
+            of_connection[connection].append((sql, values))
+
+    for engine in database.engines:
+        sa.event.listen(engine, "before_cursor_execute", listen)
+    try:
+        yield began
+    finally:
+        for engine in database.engines:
             sa.event.remove(engine, "before_cursor_execute", listen)
 
 
@@ -203,18 +233,73 @@ def sqlite_url(folder: Path) -> str:
     return f"sqlite:///{folder / 'gateway.db'}"
 
 
-@pytest.fixture(params=BACKENDS)
-async def store(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[TriedStore]:
-    """Return an empty store over a database of its own."""
-    template = tmp_path_factory.getbasetemp() / "template.db"  # migrating takes longer than most tests
+def database_at(url: str) -> Database:
+    """Return the database of that URL, not yet open."""
+    return SqliteDatabase(url, busy_timeout=1.0) if url.startswith("sqlite:") else PostgresqlDatabase(url)
+
+
+@contextlib.contextmanager
+def empty_database(backend: str, folder: Path, base: Path) -> Iterator[str]:
+    """Yield the URL of an empty database of the gateway's; `base` keeps what many tests copy."""
+    if backend == "postgresql":
+        url = postgres.server().create(postgres.template())
+        yield url
+        postgres.server().drop(url)
+        return
+    template = base / "template.db"  # migrating takes longer than most tests
     if not template.exists():
-        database = Database(f"sqlite:///{template}")
+        database = SqliteDatabase(f"sqlite:///{template}")
         database.open(serve=True)
         database.close()
-    shutil.copy(template, tmp_path / "gateway.db")
-    tried = TriedStore(sqlite_url(tmp_path))
-    yield tried
-    await tried.close()
+    shutil.copy(template, folder / "gateway.db")
+    yield sqlite_url(folder)
+
+
+@contextlib.asynccontextmanager
+async def _opened(backend: str, folder: Path, base: Path) -> AsyncIterator[TriedStore]:
+    with empty_database(backend, folder, base) as url:
+        tried = TriedStore(url)
+        yield tried
+        await tried.close()
+
+
+@pytest.fixture(params=BACKENDS)
+async def store(
+    request: pytest.FixtureRequest, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[TriedStore]:
+    """Return an empty store over a database of its own, of each kind in turn."""
+    async with _opened(request.param, tmp_path, tmp_path_factory.getbasetemp()) as tried:
+        yield tried
+
+
+@pytest.fixture
+async def sqlite_store(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[TriedStore]:
+    """Return an empty store in a file, for what only concerns a file that one gateway serves alone."""
+    async with _opened("sqlite", tmp_path, tmp_path_factory.getbasetemp()) as tried:
+        yield tried
+
+
+@pytest.fixture
+async def postgresql_store(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[TriedStore]:
+    """Return an empty store on a server, for what only concerns gateways that share one."""
+    async with _opened("postgresql", tmp_path, tmp_path_factory.getbasetemp()) as tried:
+        yield tried
+
+
+@pytest.fixture(params=BACKENDS)
+async def gateways(
+    request: pytest.FixtureRequest, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[tuple[TriedStore, TriedStore]]:
+    """Return two gateways at one empty database; of a file, the one gateway twice. They have one clock."""
+    async with _opened(request.param, tmp_path, tmp_path_factory.getbasetemp()) as one:
+        if request.param == "sqlite":
+            yield one, one
+            return
+        other = TriedStore(one.url, clock=one.clock)
+        yield one, other
+        await other.close()
 
 
 async def purged(store: TriedStore, keep_documents: float, keep_records: float) -> int:

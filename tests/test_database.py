@@ -16,17 +16,8 @@ from sqlalchemy.engine import Connection
 from stores import overheard, sqlite_url
 
 from gateway import migrations
-from gateway.database import (
-    VACUUM_STEP,
-    Database,
-    StoreError,
-    StoreFull,
-    StoreUnavailable,
-    Work,
-    WrongDatabase,
-    _empty_log,
-    _vacuum_some,
-)
+from gateway.database import StoreError, StoreFull, StoreUnavailable, Work, WrongDatabase
+from gateway.sqlite import VACUUM_STEP, SqliteDatabase, _empty_log, _vacuum_some
 
 SECRET = b"the terms of the contract "
 SQL_SHELL = """
@@ -39,9 +30,9 @@ for line in sys.stdin:
 
 
 @pytest.fixture
-async def database(tmp_path: Path) -> AsyncIterator[Database]:
+async def database(tmp_path: Path) -> AsyncIterator[SqliteDatabase]:
     """Return an open database of the gateway's, with one more table to write into."""
-    database = Database(sqlite_url(tmp_path), busy_timeout=0.2)
+    database = SqliteDatabase(sqlite_url(tmp_path), busy_timeout=0.2)
     database.open(serve=True)
     await database.write(statement("CREATE TABLE words (word TEXT UNIQUE)"))
     yield database
@@ -70,7 +61,7 @@ def number_of(query: str) -> Work[int]:
     return lambda connection: connection.exec_driver_sql(query).scalar_one()
 
 
-async def words(database: Database) -> list[str]:
+async def words(database: SqliteDatabase) -> list[str]:
     """Return the words that are committed."""
     return await database.read(
         lambda connection: list(connection.exec_driver_sql("SELECT word FROM words ORDER BY rowid").scalars())
@@ -78,7 +69,7 @@ async def words(database: Database) -> list[str]:
 
 
 @contextlib.contextmanager
-def busy_writer(database: Database) -> Iterator[None]:
+def busy_writer(database: SqliteDatabase) -> Iterator[None]:
     """Keep the writer busy meanwhile: all that is asked within becomes one group."""
     begun, go_on = threading.Event(), threading.Event()
 
@@ -95,7 +86,7 @@ def busy_writer(database: Database) -> Iterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def other_process(database: Database) -> AsyncIterator[asyncio.subprocess.Process]:
+async def other_process(database: SqliteDatabase) -> AsyncIterator[asyncio.subprocess.Process]:
     """Start another process that has the database open and executes the statements it reads."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-IS", "-c", SQL_SHELL, str(database.url.database),
@@ -120,7 +111,7 @@ async def tell(process: asyncio.subprocess.Process, sql: str) -> None:
 # --- units of work -----------------------------------------------------------------------------------
 
 
-async def test_a_failing_unit_leaves_its_neighbours_alone(database: Database) -> None:
+async def test_a_failing_unit_leaves_its_neighbours_alone(database: SqliteDatabase) -> None:
     """One mail that cannot be stored takes nothing from the mails that are stored with it."""
 
     def half_done(connection: Connection) -> None:
@@ -134,7 +125,7 @@ async def test_a_failing_unit_leaves_its_neighbours_alone(database: Database) ->
     assert await words(database) == ["one", "two"]
 
 
-async def test_what_waits_together_is_committed_together(database: Database) -> None:
+async def test_what_waits_together_is_committed_together(database: SqliteDatabase) -> None:
     """Fifty units that wait cost one transaction, so that a burst is not fifty times as slow."""
     with overheard(database) as heard:
         with busy_writer(database):
@@ -144,7 +135,7 @@ async def test_what_waits_together_is_committed_together(database: Database) -> 
     assert [sql for sql, _ in heard].count("BEGIN IMMEDIATE") <= 2  # the first was for the busy one
 
 
-async def test_the_work_of_a_cancelled_caller_is_committed(database: Database) -> None:
+async def test_the_work_of_a_cancelled_caller_is_committed(database: SqliteDatabase) -> None:
     """When a client leaves during DATA, what was begun for it happens whole."""
     with busy_writer(database):
         caller = asyncio.ensure_future(database.write(say("kept")))
@@ -155,7 +146,7 @@ async def test_the_work_of_a_cancelled_caller_is_committed(database: Database) -
     assert await words(database) == ["kept", "next"]
 
 
-async def test_a_reader_sees_only_what_is_committed(database: Database) -> None:
+async def test_a_reader_sees_only_what_is_committed(database: SqliteDatabase) -> None:
     """A list never shows a fax whose mail was not accepted yet, and does not wait for the writer."""
     begun, go_on = threading.Event(), threading.Event()
 
@@ -177,7 +168,7 @@ async def test_a_reader_sees_only_what_is_committed(database: Database) -> None:
 # --- trouble -----------------------------------------------------------------------------------------
 
 
-async def test_a_full_disk_is_told_and_left_behind(database: Database) -> None:
+async def test_a_full_disk_is_told_and_left_behind(database: SqliteDatabase) -> None:
     """On a full disk nothing is half kept, small work beside it succeeds, and space ends the trouble."""
     pages = await database.write(number_of("PRAGMA page_count"))
     await database.write(number_of(f"PRAGMA max_page_count={pages + 2}"))
@@ -193,7 +184,7 @@ async def test_a_full_disk_is_told_and_left_behind(database: Database) -> None:
     assert await database.read(number_of("SELECT count(*) FROM document_chunks")) == 1
 
 
-async def test_a_lock_held_too_long_is_told_and_left_behind(database: Database) -> None:
+async def test_a_lock_held_too_long_is_told_and_left_behind(database: SqliteDatabase) -> None:
     """When another process keeps the database locked, callers hear of it and can go on later."""
     async with other_process(database) as other:
         await tell(other, "BEGIN IMMEDIATE")
@@ -209,7 +200,7 @@ async def test_a_lock_held_too_long_is_told_and_left_behind(database: Database) 
 async def test_the_news_of_another_process_comes_within_a_second(tmp_path: Path) -> None:
     """A daemon notices what a command did without being told."""
     heard = threading.Event()
-    database = Database(sqlite_url(tmp_path), heard.set)
+    database = SqliteDatabase(sqlite_url(tmp_path), heard.set)
     database.open(serve=True)
     async with other_process(database) as other:
         await tell(other, "SELECT 1")
@@ -231,7 +222,7 @@ async def test_nobody_waits_for_a_thread_that_ended(tmp_path: Path) -> None:
         assert waited_for.wait(30)
         raise RuntimeError("a fault of ours")
 
-    database = Database(sqlite_url(tmp_path), fault)
+    database = SqliteDatabase(sqlite_url(tmp_path), fault)
     database.open(serve=True)
     await database.write(statement("INSERT INTO turns VALUES ('somebody', 1)"))  # answered before the news
     units = [database.write(number_of("SELECT 1")) for _ in range(3)]
@@ -246,7 +237,7 @@ async def test_nobody_waits_for_a_thread_that_ended(tmp_path: Path) -> None:
 # --- opening and closing -----------------------------------------------------------------------------
 
 
-async def test_closing_finishes_what_was_asked(database: Database) -> None:
+async def test_closing_finishes_what_was_asked(database: SqliteDatabase) -> None:
     """What waited when the gateway was told to stop is still done; what comes later is refused at once."""
 
     async def go_on_saying() -> None:
@@ -268,7 +259,7 @@ async def test_closing_finishes_what_was_asked(database: Database) -> None:
 
 def test_a_second_server_is_refused(tmp_path: Path) -> None:
     """Two daemons on one file are a mistake; the second says so, and a command works beside the first."""
-    first, second, command = (Database(sqlite_url(tmp_path)) for _ in range(3))
+    first, second, command = (SqliteDatabase(sqlite_url(tmp_path)) for _ in range(3))
     first.open(serve=True)
     with pytest.raises(WrongDatabase, match="another `fax-gateway serve` uses"):
         second.open(serve=True)
@@ -282,24 +273,24 @@ def test_a_second_server_is_refused(tmp_path: Path) -> None:
 def test_only_the_server_creates_a_database(tmp_path: Path) -> None:
     """A command with a wrong path says that there is no database, and leaves none behind."""
     with pytest.raises(WrongDatabase, match=r"no database at .*serve` creates it"):
-        Database(sqlite_url(tmp_path)).open(serve=False)
+        SqliteDatabase(sqlite_url(tmp_path)).open(serve=False)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_older_database_is_not_for_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After an upgrade of the program, commands say that the daemon must come first."""
-    server = Database(sqlite_url(tmp_path))
+    server = SqliteDatabase(sqlite_url(tmp_path))
     server.open(serve=True)
     server.close()
     monkeypatch.setattr(migrations, "REVISIONS", (*migrations.REVISIONS, "9999"))
     with pytest.raises(WrongDatabase, match="older than this program: start `fax-gateway serve` once"):
-        Database(sqlite_url(tmp_path)).open(serve=False)
+        SqliteDatabase(sqlite_url(tmp_path)).open(serve=False)
 
 
 @pytest.mark.parametrize("serve", [True, False])
 def test_a_newer_database_is_left_alone(tmp_path: Path, serve: bool) -> None:  # noqa: FBT001 -- a parameter
     """A program that is too old says so, changes nothing, and lets go of the file."""
-    database = Database(sqlite_url(tmp_path))
+    database = SqliteDatabase(sqlite_url(tmp_path))
     database.open(serve=True)
     database.close()
     with contextlib.closing(sqlite3.connect(tmp_path / "gateway.db")) as connection:
@@ -312,7 +303,7 @@ def test_a_newer_database_is_left_alone(tmp_path: Path, serve: bool) -> None:  #
     with contextlib.closing(sqlite3.connect(tmp_path / "gateway.db")) as connection:
         connection.execute("UPDATE alembic_version SET version_num = ?", migrations.REVISIONS[-1:])
         connection.commit()
-    again = Database(sqlite_url(tmp_path))
+    again = SqliteDatabase(sqlite_url(tmp_path))
     again.open(serve=True)
     again.close()
 
@@ -320,7 +311,7 @@ def test_a_newer_database_is_left_alone(tmp_path: Path, serve: bool) -> None:  #
 @pytest.mark.parametrize("keep", [0, 100])
 def test_a_damaged_file_is_named(tmp_path: Path, keep: int) -> None:
     """A damaged database ends the start with the file's name, before anything is accepted."""
-    database = Database(sqlite_url(tmp_path))
+    database = SqliteDatabase(sqlite_url(tmp_path))
     database.open(serve=True)
     database.close()
     file = tmp_path / "gateway.db"
@@ -329,7 +320,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, keep: int) -> None:
     with pytest.raises(
         WrongDatabase, match=r"gateway\.db cannot be used: (file is not a|database disk image)"
     ):
-        Database(sqlite_url(tmp_path)).open(serve=True)
+        SqliteDatabase(sqlite_url(tmp_path)).open(serve=True)
 
 
 def test_a_folder_is_no_database(tmp_path: Path) -> None:
@@ -337,7 +328,7 @@ def test_a_folder_is_no_database(tmp_path: Path) -> None:
     folder = tmp_path / "gateway.db"
     folder.mkdir(mode=0o755)
     with pytest.raises(WrongDatabase, match=r"gateway\.db cannot be used: unable to open"):
-        Database(sqlite_url(tmp_path)).open(serve=True)
+        SqliteDatabase(sqlite_url(tmp_path)).open(serve=True)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o755
 
 
@@ -345,14 +336,14 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     """A path below a file is refused with the folder's name."""
     (tmp_path / "file").touch()
     with pytest.raises(WrongDatabase, match=r"folder of the database, .*/file/below, cannot be used"):
-        Database(sqlite_url(tmp_path / "file" / "below")).open(serve=True)
+        SqliteDatabase(sqlite_url(tmp_path / "file" / "below")).open(serve=True)
 
 
 async def test_nobody_else_may_read_the_files(tmp_path: Path) -> None:
     """Folder, database and SQLite's own files beside it are the gateway's alone, also one from a backup."""
     folder = tmp_path / "new" / "folder"
     for _ in ("created", "restored from a backup"):
-        database = Database(sqlite_url(folder))
+        database = SqliteDatabase(sqlite_url(folder))
         database.open(serve=True)
         await database.write(statement("DELETE FROM turns"))
         modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (folder, *folder.iterdir())}
@@ -368,7 +359,7 @@ async def test_the_settings_are_in_force(tmp_path: Path, existing: bool) -> None
     """Durability, erasure and shrinking really are on, also in a file that an operator created empty."""
     if existing:
         (tmp_path / "gateway.db").touch()
-    database = Database(sqlite_url(tmp_path))
+    database = SqliteDatabase(sqlite_url(tmp_path))
     database.open(serve=True)
     expected = {"page_size": 16384, "auto_vacuum": 2, "synchronous": 2, "foreign_keys": 1, "secure_delete": 1}
     for ask in (database.write, database.read):
@@ -381,7 +372,7 @@ async def test_the_settings_are_in_force(tmp_path: Path, existing: bool) -> None
 # --- space -------------------------------------------------------------------------------------------
 
 
-async def test_freed_space_goes_back_to_the_disk_and_leaves_no_trace(database: Database) -> None:
+async def test_freed_space_goes_back_to_the_disk_and_leaves_no_trace(database: SqliteDatabase) -> None:
     """After a purge the file is as small as before, and the bytes stand neither in it nor beside it."""
     folder = Path(str(database.url.database)).parent
     await database.give_space_back()
@@ -403,7 +394,7 @@ async def test_freed_space_goes_back_to_the_disk_and_leaves_no_trace(database: D
     assert found() == []
 
 
-async def test_a_long_reader_only_puts_off_the_erasure(database: Database) -> None:
+async def test_a_long_reader_only_puts_off_the_erasure(database: SqliteDatabase) -> None:
     """A backup that reads for long hinders nobody; the log is emptied the next time."""
 
     def log() -> int:
@@ -429,11 +420,11 @@ def test_a_log_that_cannot_be_emptied_is_a_fault_of_the_store(tmp_path: Path) ->
 
 def test_opening_needs_no_migrations_library(tmp_path: Path) -> None:
     """A command beside the daemon answers quickly: what only an upgrade needs is not loaded."""
-    server = Database(sqlite_url(tmp_path))
+    server = SqliteDatabase(sqlite_url(tmp_path))
     server.open(serve=True)
     script = (
-        "import sys; from gateway.database import Database; "
-        f"Database({sqlite_url(tmp_path)!r}).open(serve=False); print('alembic' in sys.modules)"
+        "import sys; from gateway.sqlite import SqliteDatabase; "
+        f"SqliteDatabase({sqlite_url(tmp_path)!r}).open(serve=False); print('alembic' in sys.modules)"
     )
     outcome = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert outcome.stdout == "False\n"

@@ -9,7 +9,6 @@ from faxes import (
     FROM,
     HOLD,
     HOUR,
-    NOW,
     NUMBER,
     PAGES,
     RELEASE,
@@ -61,46 +60,48 @@ LATER = {"4 h pass": 4 * HOUR, "a day passes": DAY}
 COLUMNS = (
     "queued after busy", "submitting", "in doubt", "sending", "held by the operator", "held, refused",
     "held, doubt", "held, stuck", "held, gone", "held, contradiction", "delivered", "failed", "cancelled",
+    "held, harmful", "held, restored", "held, call after call lost",
 )  # fmt: skip
 MACHINE = """
-                               busy subm doub send oper refu hdou stuc gone cont deli fail canc
-begun                        | subm no   no   no   no   no   no   no   no   no   no   no   no
-taken                        | -    send send -    -    send send -    -    -    -    -    -
-taken under another id       | -    send send -    -    send send -    -    -    -    -    -
-rejected, fax                | -    fail -    -    -    -    -    -    -    -    -    -    -
-rejected, account            | -    queu -    -    -    -    -    -    -    -    -    -    -
-rejected, sender             | -    queu -    -    -    -    -    -    -    -    -    -    -
-rejected, suspect            | -    held -    -    -    -    -    -    -    -    -    -    -
-not taken                    | -    queu -    -    -    -    -    -    -    -    -    -    -
-withdrawn                    | -    queu -    -    -    -    -    -    -    -    -    -    -
-doubted                      | -    in_d -    -    -    -    -    -    -    -    -    -    -
-unanswered                   | -    -    same -    -    -    -    -    -    -    -    -    -
-absent                       | -    -    queu -    -    -    -    -    -    -    -    -    -
-unprovable                   | -    -    held -    -    -    -    -    -    -    -    -    -
-cancel sent                  | same *    *    same same *    *    same same same same same same
-gone                         | held *    *    held same *    *    same same same -    -    -
-nothing new                  | -    *    *    same -    *    *    same same -    -    -    -
-dialled                      | -    *    *    same -    *    *    same same -    -    -    -
-delivered                    | deli *    *    deli deli *    *    deli deli deli -    same same
-failed, None                 | -    *    *    queu -    *    *    queu queu -    -    -    -
-failed, user_busy            | -    *    *    queu -    *    *    queu queu -    -    -    -
-failed, receiver_decline     | -    *    *    queu -    *    *    queu queu -    -    -    -
-failed, destination_invalid  | -    *    *    fail -    *    *    fail fail -    -    -    -
-failed, user_channel_limit_exceeded | - * *   queu -    *    *    queu queu -    -    -    -
-failed, account_disabled     | -    *    *    queu -    *    *    queu queu -    -    -    -
-failed, success              | -    *    *    same -    *    *    same same -    -    -    -
-polled failed                | -    *    *    same -    *    *    same same -    -    -    -
-polled failed, user_busy     | -    *    *    queu -    *    *    queu queu -    -    -    -
-polled failed, success       | -    *    *    held -    *    *    same same -    -    -    -
-time                         | -    -    -    -    -    -    -    -    -    -    -    -    -
-4 h pass                     | same same same held -    -    same -    same -    -    -    -
-a day passes                 | fail same same held fail fail same -    same fail -    -    -
-account held                 | same -    -    -    -    queu -    -    -    -    -    -    -
-hold                         | held no   no   no   no   no   no   no   no   no   no   no   no
-release                      | no   no   no   no   queu queu in_d send send no   no   no   no
-cancel                       | canc same same same canc canc canc canc canc canc no   no   no
-retry                        | same no   no   no   queu queu no   no   no   no   no   no   no
-retry even if twice          | same no   queu no   queu queu queu queu queu queu no   no   no
+                               busy subm doub send oper refu hdou stuc gone cont deli fail canc harm rest lost
+begun                        | subm no   no   no   no   no   no   no   no   no   no   no   no   no   no ??
+taken                        | -    send send -    -    send send -    -    -    -    -    -    send - ??
+taken under another id       | -    send send -    -    send send -    -    -    -    -    -    send - ??
+rejected, fax                | -    fail -    -    -    -    -    -    -    -    -    -    -    -    - ??
+rejected, account            | -    queu -    -    -    -    -    -    -    -    -    -    -    -    - ??
+rejected, sender             | -    queu -    -    -    -    -    -    -    -    -    -    -    -    - ??
+rejected, suspect            | -    held -    -    -    -    -    -    -    -    -    -    -    -    - ??
+not taken                    | -    queu -    -    -    -    -    -    -    -    -    -    -    -    - ??
+withdrawn                    | -    queu -    -    -    -    -    -    -    -    -    -    -    -    - ??
+doubted                      | -    in_d same -    -    -    -    -    -    -    -    -    -    -    - ??
+unanswered                   | -    -    same -    -    -    -    -    -    -    -    -    -    -    - ??
+absent                       | -    -    queu -    -    -    -    -    -    -    -    -    -    -    - ??
+unprovable                   | -    -    held -    -    -    -    -    -    -    -    -    -    -    - ??
+cancel sent                  | same *    *    same same *    *    same same same same same same *    same ??
+gone                         | held *    *    held same *    *    same same same -    -    -    *    same ??
+nothing new                  | -    *    *    same -    *    *    same same -    -    -    -    *    - ??
+dialled                      | -    *    *    same -    *    *    same same -    -    -    -    *    - ??
+delivered                    | deli *    *    deli deli *    *    deli deli deli -    same same *    deli ??
+failed, None                 | -    *    *    queu -    *    *    queu queu -    -    -    -    *    - ??
+failed, user_busy            | -    *    *    queu -    *    *    queu queu -    -    -    -    *    - ??
+failed, receiver_decline     | -    *    *    queu -    *    *    queu queu -    -    -    -    *    - ??
+failed, destination_invalid  | -    *    *    fail -    *    *    fail fail -    -    -    -    *    - ??
+failed, user_channel_limit_exceeded | -    *    *    queu -    *    *    queu queu -    -    -    -    *    - ??
+failed, account_disabled     | -    *    *    queu -    *    *    queu queu -    -    -    -    *    - ??
+failed, success              | -    *    *    same -    *    *    same same -    -    -    -    *    - ??
+polled failed                | -    *    *    same -    *    *    same same -    -    -    -    *    - ??
+polled failed, user_busy     | -    *    *    queu -    *    *    queu queu -    -    -    -    *    - ??
+polled failed, success       | -    *    *    held -    *    *    same same -    -    -    -    *    - ??
+time                         | -    -    -    -    -    -    -    -    -    -    -    -    -    -    - ??
+4 h pass                     | same same same held -    -    same -    same -    -    -    -    same - ??
+a day passes                 | fail same same held fail fail same -    same fail -    -    -    same fail ??
+account held                 | same -    -    -    -    queu -    -    -    -    -    -    -    -    - ??
+set aside                    | held -    held held same same -    -    -    -    -    -    -    -    - ??
+hold                         | held no   no   no   no   no   no   no   no   no   no   no   no   no   no ??
+release                      | no   no   no   no   queu queu in_d send send no   no   no   no   in_d queu ??
+cancel                       | canc same same same canc canc canc canc canc canc no   no   no   canc canc ??
+retry                        | same no   no   no   queu queu no   no   no   no   no   no   no   no   queu ??
+retry even if twice          | same no   queu no   queu queu queu queu queu queu no   no   no   queu queu ??
 """
 ROWS = [line.split("|") for line in MACHINE.strip().splitlines()[1:]]
 CELLS = [
@@ -208,6 +209,13 @@ def test_the_queue_waits_instead_of_the_fax(maker: Maker, brake: Brake) -> None:
     assert (walk.effect(Alert) is not None) == (brake.kind == "hold"), "the postmaster hears of holds"
 
 
+@pytest.mark.parametrize(("blame", "where"), [(Blame.ACCOUNT, ""), (Blame.SENDER, f" from {FROM}")])
+def test_the_postmaster_reads_what_is_stopped(blame: Blame, where: str) -> None:
+    """Where only one of our numbers is refused, the alert does not say that all faxes wait."""
+    text = f"No faxes go out{where} until the carrier accepts one{where} again: HTTP 403 10010."
+    assert Walk().begin().make(rejected(blame)).effect(Alert) == Alert("account_held", text)
+
+
 def test_refused_fax() -> None:
     """A fax that the carrier refuses for itself fails at once, with the reason."""
     walk = Walk().begin().make(rejected(Blame.FAX))
@@ -237,8 +245,12 @@ def test_suspect_refusal_holds_the_fax_alone() -> None:
 
 def test_withdrawn_before_the_post() -> None:
     """A look that forbids the call puts the fax back for the time that the look named."""
-    walk = Walk().fail("user_busy").begin().make(withdrawn(NOW + 5000.0))
-    assert (walk.fax.state, walk.fax.due_at, walk.last.end) == (State.QUEUED, NOW + 5000.0, End.WITHDRAWN)
+    walk = Walk().fail("user_busy").begin().make(withdrawn(5000.0))
+    assert (walk.fax.state, walk.fax.due_at, walk.last.end) == (
+        State.QUEUED,
+        walk.now + 5000.0,
+        End.WITHDRAWN,
+    )
     assert len(walk.fax.calls) == 1
 
 

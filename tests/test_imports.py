@@ -18,9 +18,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("smtp", "dispatch", "web", "notify"),
     ("smtp_session", "relay"),
     ("telnyx", "telnyx_answers", "telnyx_events", "prepare", "address", "compose", "compose_text",
-     "store", "store_work", "store_intake", "store_outbox", "store_desk", "store_apply"),
+     "store", "store_work", "store_intake", "store_outbox", "store_desk", "store_restore", "store_apply"),
     ("document", "message", "children"),
     ("carrier",),
+    ("sqlite", "postgresql"),
     ("database",),
     ("migrations",),
     ("schema",),
@@ -101,9 +102,9 @@ def _imports_of(top: str) -> set[str]:
 
 
 def test_sql_is_said_in_the_store_only() -> None:
-    """SQLAlchemy is known to the store's modules, the schema and the database; the daemon reads a URL."""
+    """SQLAlchemy is known to the store's modules, the schema and the databases."""
     others = {name for name in _imports_of("sqlalchemy") if not name.startswith("store")}
-    assert others <= {"schema", "database", "migrations"}
+    assert others <= {"schema", "database", "sqlite", "postgresql", "migrations"}
 
 
 def test_the_sandbox_shares_nothing_with_the_client_of_the_carrier() -> None:

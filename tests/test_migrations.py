@@ -12,8 +12,9 @@ from alembic.script import ScriptDirectory
 from stores import sqlite_url
 
 from gateway import migrations
-from gateway.database import Database, WrongDatabase
+from gateway.database import WrongDatabase
 from gateway.schema import metadata
+from gateway.sqlite import SqliteDatabase
 
 
 @contextlib.contextmanager
@@ -25,7 +26,7 @@ def opened(path: Path) -> Iterator[sqlite3.Connection]:
 
 def served(path: Path) -> None:
     """Let a server create or upgrade the database, and stop."""
-    database = Database(f"sqlite:///{path}")
+    database = SqliteDatabase(f"sqlite:///{path}")
     database.open(serve=True)
     database.close()
 
@@ -38,7 +39,7 @@ def schema_of(path: Path) -> set[str]:
     for (statement,) in statements:
         name = statement.split("(")[0]
         if name.startswith("CREATE TABLE"):
-            found |= {f"{name}: {line}" for line in re.split(r",?\s*\n\s*", statement)[1:]}
+            found |= {f"{name}: {line}" for line in re.split(r",?\s*\n\s*|, (?=\w+ [A-Z])", statement)[1:]}
         else:
             found.add(" ".join(statement.split()))
     return {line for line in found if "alembic_version" not in line}
@@ -93,6 +94,6 @@ def test_a_folder_with_a_percent_sign_is_fine(tmp_path: Path) -> None:
     """The path of a database may hold what a configuration file of Alembic's would interpret."""
     (tmp_path / "100%").mkdir()
     served(tmp_path / "100%" / "gateway.db")
-    command = Database(sqlite_url(tmp_path / "100%"))
+    command = SqliteDatabase(sqlite_url(tmp_path / "100%"))
     command.open(serve=False)
     command.close()

@@ -252,7 +252,7 @@ async def test_second_stop_does_not_wait() -> None:
         with pytest.raises(asyncio.CancelledError):
             await loop.task
         assert loop.shelf.fates == {}
-        assert loop.shelf.whys == []
+        assert loop.shelf.whys == ["the gateway stopped"]
 
 
 # --- with the real store ---------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import asyncio
 import email
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 from faxes import at
@@ -11,6 +11,7 @@ from outboxes import DELIVERED, DOCUMENTS, looping
 from relays import TestRelay, serving
 
 from gateway import notify
+from gateway.children import ChildFailed
 from gateway.database import StoreUnavailable
 from gateway.notify import Picture
 from gateway.records import Notice, OutboxEntry
@@ -109,3 +110,136 @@ async def test_store_that_cannot_give_the_document_does_not_stop_the_reply() -> 
     """A document that cannot be read costs the picture, not the reply."""
     found, logged = await parts_of(DELIVERED, draw, broken=StoreUnavailable("locked"))
     assert (found, logged) == (["text/plain"], ["child_failed", "reply_sent"])
+
+
+# --- one drawing for all replies about a document ----------------------------------------------------------
+
+
+@dataclass
+class Painter:
+    """Draws when the gate is open, and counts; each fault is raised once, before it draws."""
+
+    faults: list[BaseException] = field(default_factory=list)
+    drawn: list[bytes] = field(default_factory=list)
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    stopped: bool = False
+
+    async def __call__(self, document: bytes) -> bytes | None:
+        """Draw page 1."""
+        self.drawn.append(document)
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.stopped = True
+            raise
+        if self.faults:
+            raise self.faults.pop(0)
+        return PNG
+
+
+def about(document_id: str, count: int, start: int = 0) -> list[OutboxEntry]:
+    """Return replies to different senders about one document."""
+    assert DELIVERED.mail is not None
+    mail = replace(DELIVERED.mail, document_id=document_id)
+    return [
+        replace(DELIVERED, id=f"{document_id}-{n}.delivered", recipient=f"{n}@example.org", mail=mail)
+        for n in range(start, start + count)
+    ]
+
+
+def pictured(relay: TestRelay) -> list[bool]:
+    """Tell of each mail that arrived whether it shows a page."""
+    return [b"image/png" in taken.data for taken in relay.taken]
+
+
+async def test_page_is_drawn_once_for_all_replies() -> None:
+    """A mail to 20 numbers has its page drawn once, and all 20 replies show it."""
+    painter, replies = Painter(), about("d1", 20)
+    async with serving(TestRelay()) as relay, looping(relay, picture=painter) as loop:
+        loop.put(*replies)
+        await loop.until(lambda: painter.drawn and len(loop.shelf.held) == notify.AT_ONCE)
+        painter.gate.set()
+        await loop.settled(*replies)
+        assert painter.drawn == [DOCUMENTS["d1"]]
+        assert pictured(relay) == [True] * 20
+
+
+@pytest.mark.parametrize(
+    "fault", [ChildFailed("time"), ChildFailed("died"), RuntimeError("odd"), asyncio.CancelledError()]
+)
+async def test_failed_drawing_is_not_tried_again(fault: BaseException) -> None:
+    """A page that killed its child is not drawn again for the next reply, and the log names it once."""
+    painter = Painter([fault])
+    painter.gate.set()
+    async with serving(TestRelay()) as relay, looping(relay, picture=painter) as loop:
+        for reply in about("d1", 6):
+            loop.put(reply)
+            await loop.settled(reply)
+        assert len(painter.drawn) == 1
+        assert pictured(relay) == [False] * 6
+        assert loop.events() == ["child_failed", *["reply_sent"] * 6]
+        assert loop.logged[0]["fax"] == "m1-1"
+        assert type(fault).__name__ in loop.logged[0]["cause"]
+
+
+async def test_page_that_cannot_be_drawn_is_asked_for_once() -> None:
+    """Where there is nothing to show, nobody looks again for the next reply."""
+    asked: list[bytes] = []
+
+    async def nothing(document: bytes) -> bytes | None:
+        asked.append(document)
+        return None
+
+    replies = about("d1", 6)
+    async with serving(TestRelay()) as relay, looping(relay, picture=nothing) as loop:
+        loop.put(*replies)
+        await loop.settled(*replies)
+    assert len(asked) == 1
+
+
+async def test_fault_that_is_not_the_documents_passes() -> None:
+    """When it was not a page's turn, or the store was away, a later reply shows it; the log has one line."""
+    painter = Painter([TimeoutError()])
+    painter.gate.set()
+    async with serving(TestRelay()) as relay, looping(relay, picture=painter) as loop:
+        for reply, broken in zip(about("d1", 4), [False, True, False, False], strict=True):
+            if broken:
+                loop.shelf.broken["document"] = StoreUnavailable("locked")
+            loop.put(reply)
+            await loop.settled(reply)
+            loop.shelf.broken.clear()
+        assert pictured(relay) == [False, False, True, True]
+        assert len(painter.drawn) == 2
+        assert loop.events().count("child_failed") == 1
+
+
+@pytest.mark.parametrize(("name", "most"), [("PAGES_KEPT", 2), ("PICTURES_KEPT", 2 * len(PNG))])
+async def test_few_pages_are_remembered(name: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gateway's memory does not grow with the documents: the page wanted longest ago is forgotten."""
+    monkeypatch.setattr(notify, name, most)
+    painter, wanted = Painter(), ["d1", "d2", "d1", "d3", "d1", "d2"]
+    painter.gate.set()
+    for document_id in set(wanted):
+        monkeypatch.setitem(DOCUMENTS, document_id, document_id.encode())
+    async with serving(TestRelay()) as relay, looping(relay, picture=painter) as loop:
+        for place, document_id in enumerate(wanted):
+            (reply,) = about(document_id, 1, place)
+            loop.put(reply)
+            await loop.settled(reply)
+        assert pictured(relay) == [True] * len(wanted)
+    assert painter.drawn == [b"d1", b"d2", b"d3", b"d2"]
+
+
+async def test_second_stop_ends_the_drawing() -> None:
+    """When the time to stop is over, no page goes on being drawn for a reply that is left behind."""
+    painter = Painter()
+    async with serving(TestRelay()) as relay, looping(relay, picture=painter) as loop:
+        loop.put(DELIVERED)
+        await loop.until(lambda: painter.drawn)
+        loop.task.cancel()
+        await asyncio.wait({loop.task}, timeout=0.05)
+        loop.task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await loop.task
+        assert painter.stopped
+        assert relay.taken == []

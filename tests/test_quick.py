@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.database import Database
+from gateway.sqlite import SqliteDatabase
 
 HEAVY = {
     "aiohttp",
@@ -28,7 +28,7 @@ HEAVY = {
 def configuration(tmp_path: Path) -> Path:
     """Return a configuration with an empty database beside it."""
     url = f"sqlite:///{tmp_path}/gateway.db"
-    database = Database(url)
+    database = SqliteDatabase(url)
     database.open(serve=True)
     database.close()
     path = tmp_path / "config.toml"

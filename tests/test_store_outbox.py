@@ -6,6 +6,7 @@ import stores
 from faxes import DAY, NOW, NUMBER
 from stores import POSTMASTER, SENDER, TriedStore, reported
 
+from gateway import store_apply
 from gateway.records import Alert, HoldAsked, Notice, ReceivedMail, Stage
 from gateway.store_intake import Submission
 from gateway.store_outbox import NOTICE_LEASE
@@ -46,7 +47,7 @@ async def test_who_lost_the_lease_records_nothing(store: TriedStore) -> None:
     (new,) = await store.claim_notices(10)
     assert (old.id, old.fence + 1) == (new.id, new.fence)
     assert not await store.notice_sent(old.id, old.fence)
-    assert not await store.notice_deferred(old.id, old.fence, NOW, "451")
+    assert not await store.notice_deferred(old.id, old.fence, 60.0, "451")
     assert not await store.notice_given_up(old.id, old.fence, "550")
     assert await store.notice_sent(new.id, new.fence)
     assert not await store.notice_given_up(new.id, new.fence, "550"), "what is sent is sent"
@@ -59,12 +60,29 @@ async def test_a_deferred_mail_comes_back_when_it_is_due(store: TriedStore) -> N
     for tries in range(3):
         (entry,) = await store.claim_notices(10)
         assert entry.tries == tries
-        assert await store.notice_deferred(entry.id, entry.fence, store.clock.now + 900, "the relay is away")
+        assert await store.notice_deferred(entry.id, entry.fence, 900.0, "the relay is away")
         assert (await store.show(fax.id)).replies == (("delayed", "waiting: the relay is away"),)
         store.clock.now += 899
         assert await store.claim_notices(10) == []
         store.clock.now += 1
     assert (await store.count()).outbox == 1
+
+
+async def due(store: TriedStore, recipient: str, count: int = 1) -> None:
+    """Queue so many mails to a recipient, due now."""
+    for place in range(count):
+        name = f"{recipient}.{store.clock.now}.{place}"
+        await store._do(store_apply.post, name, recipient, cause="test", payload=b"text")
+
+
+async def served(store: TriedStore, turns: int) -> list[str]:
+    """Let so many mails go out, one after the other; return who got them, sorted."""
+    recipients = []
+    for _ in range(turns):
+        (entry,) = await store.claim_notices(1)
+        assert await store.notice_sent(entry.id, entry.fence)
+        recipients.append(entry.recipient)
+    return sorted(recipients)
 
 
 async def test_the_longest_due_goes_first(store: TriedStore) -> None:
@@ -74,6 +92,66 @@ async def test_the_longest_due_goes_first(store: TriedStore) -> None:
         store.clock.now += 1
     assert [entry.cause for entry in await store.claim_notices(2)] == ["c", "a"]
     assert [entry.cause for entry in await store.claim_notices(2)] == ["b"]
+
+
+async def test_recipients_take_turns(store: TriedStore) -> None:
+    """Those who have many mails waiting get them in turn, and whoever comes later waits for one round."""
+    many = ["a", "b", "c", "d", "e"]
+    for recipient in many:
+        await due(store, recipient, 4)
+    assert await served(store, 5) == many
+    store.clock.now += 0.5
+    await due(store, "late", 2)
+    assert await served(store, 6) == [*many, "late"]
+    assert await served(store, 6) == [*many, "late"]
+    assert await served(store, 5) == many
+
+
+async def test_hundreds_of_mails_to_one_keep_nobody_waiting(store: TriedStore) -> None:
+    """A reply goes out with the next mails, even if hundreds to somebody else were there before it."""
+    await due(store, "flood", 300)
+    store.clock.now += 2
+    await due(store, "single")
+    assert "single" in await served(store, 4)
+
+
+async def test_a_mail_that_the_gateway_falls_over_is_given_up(store: TriedStore) -> None:
+    """After five claims that nobody came back from, the rest goes out, and the postmaster is told which."""
+    fax = await store.called("c1")
+    await store.webhook(reported("c1", Stage.DELIVERED))
+    for _ in range(5):
+        assert len(await store.claim_notices(4)) == 1
+        store.clock.now += NOTICE_LEASE + 1
+    await due(store, "other")
+    entries = [*await store.claim_notices(4), *await store.claim_notices(4)]
+    told = {entry.recipient: entry.alert or "" for entry in entries}
+    assert told.keys() == {POSTMASTER, "other"}
+    assert f"{fax.id}.delivered" in told[POSTMASTER]
+    fate = "given up: the gateway came to an end each time it worked on it"
+    assert (await store.show(fax.id)).replies == (("delivered", fate),)
+
+
+async def test_a_mail_put_off_in_good_order_is_never_given_up_for_that(store: TriedStore) -> None:
+    """However often the relay was away, or the gateway was stopped, it counts as no harm."""
+    await due(store, "somebody")
+    for _ in range(12):
+        (entry,) = await store.claim_notices(1)
+        assert await store.notice_deferred(entry.id, entry.fence, 0.0, "the gateway stopped")
+    assert len(await store.claim_notices(1)) == 1
+
+
+async def test_no_mail_is_claimed_twice(store: TriedStore) -> None:
+    """Gateways that claim at the same time share the mails out, and nothing is left."""
+    for recipient in ("a", "b", "c"):
+        await due(store, recipient, 10)
+    claimed: list[str] = []
+    while len(claimed) < 30:
+        for claim in await asyncio.gather(*(store.claim_notices(2) for _ in range(12))):
+            for entry in claim:
+                assert await store.notice_sent(entry.id, entry.fence)
+                claimed.append(entry.id)
+    assert len(set(claimed)) == 30
+    assert await store.claim_notices(8) == []
 
 
 async def test_a_reply_given_up_is_told_once_a_day(store: TriedStore) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-REVISIONS = ("0001",)
+REVISIONS = ("0001", "0002")
 """Every revision in `versions/`, oldest first; a test compares them."""
 
 
@@ -29,24 +29,22 @@ def revision(connection: Connection) -> str | None:
 
 
 def upgrade(connection: Connection) -> None:
-    """Bring the database to the newest revision, in one transaction."""
-    with connection.begin():
-        current = revision(connection)
-        if current == REVISIONS[-1]:
-            return
-        _refuse_newer(current)
-        from alembic import command, config  # noqa: PLC0415 -- slow to import, seldom needed
+    """Bring the database to the newest revision, inside the caller's transaction."""
+    current = revision(connection)
+    if current == REVISIONS[-1]:
+        return
+    _refuse_newer(current)
+    from alembic import command, config  # noqa: PLC0415 -- slow to import, seldom needed
 
-        settings = config.Config()
-        settings.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
-        settings.attributes["connection"] = connection
-        command.upgrade(settings, "head")
+    settings = config.Config()
+    settings.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
+    settings.attributes["connection"] = connection
+    command.upgrade(settings, "head")
 
 
 def require_current(connection: Connection) -> None:
-    """Raise WrongRevision unless the database is at the newest revision."""
-    with connection.begin():
-        current = revision(connection)
+    """Raise WrongRevision unless the database is at the newest revision; inside the caller's transaction."""
+    current = revision(connection)
     _refuse_newer(current)
     if current != REVISIONS[-1]:
         raise WrongRevision(
