@@ -6,6 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
 from harness import until
 
 
@@ -74,13 +75,34 @@ async def test_the_demonstration_goes_on_serving_until_it_is_told_to_end() -> No
     assert code == 0
 
 
-async def test_a_demonstration_whose_window_closes_leaves_nothing_behind() -> None:
-    """SIGHUP or SIGTERM ends the gateway of the demonstration with it."""
-    for number in (signal.SIGHUP, signal.SIGTERM):
-        process = await _demo()
-        assert process.stdout is not None
-        async with asyncio.timeout(60):
-            while line := (await process.stdout.readline()).decode():
-                if "said 250" in line:
-                    process.send_signal(number)
-            assert await process.wait() == 0
+def _processes_below(pid: int) -> list[Path]:
+    """Return the directories in /proc of a process's children, and of theirs."""
+    below: list[Path] = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in children.read_text(encoding="ascii").split():
+            below += [Path(f"/proc/{child}"), *_processes_below(int(child))]
+    return below
+
+
+def _lives(process: Path) -> bool:
+    """Tell whether a process runs; one that only waits for its parent to ask about its end does not."""
+    try:
+        return "State:\tZ" not in (process / "status").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+async def test_a_demonstration_whose_window_closes_leaves_nothing_behind(number: signal.Signals) -> None:
+    """SIGHUP or SIGTERM ends the gateway of the demonstration with it, and every process of the gateway."""
+    process = await _demo()
+    assert process.stdout is not None
+    below: list[Path] = []
+    async with asyncio.timeout(60):
+        while line := (await process.stdout.readline()).decode():
+            if "said 250" in line:
+                below = _processes_below(process.pid)
+                process.send_signal(number)
+        assert await process.wait() == 0
+    assert len(below) >= 2  # the daemon, and what examines documents for it
+    await until(lambda: not any(_lives(each) for each in below), "every process to end")

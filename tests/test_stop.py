@@ -250,8 +250,8 @@ async def test_an_intent_written_as_the_stop_begins_is_still_carried_out(tmp_pat
     async with carrier:
         fax = await store.queued()
         dispatcher = Dispatcher(
-            store, carrier, settings=settings, rules=RULES, clock=store.clock, metrics=Metrics(),
-            keep_documents=1.0, keep_records=1.0,
+            store, carrier, settings=settings, rules=RULES, metrics=Metrics(), keep_documents=1.0,
+            keep_records=1.0,
         )  # fmt: skip
         loop = asyncio.create_task(dispatcher.run_calls(Bell().listener()))
         await gate.reached()

@@ -1,0 +1,74 @@
+"""A disk that no longer confirms what is written."""
+
+import os
+import shutil
+import smtplib
+import subprocess
+from pathlib import Path
+
+import pytest
+from harness import World, letter, numbers, until, world
+
+FREE = numbers()
+SHIM = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+static int confirm(const char *name, int fd) {
+    if (access(getenv("FSYNC_FAILS"), F_OK) == 0) { errno = EIO; return -1; }
+    return ((int (*)(int)) dlsym(RTLD_NEXT, name))(fd);
+}
+int fsync(int fd) { return confirm("fsync", fd); }
+int fdatasync(int fd) { return confirm("fdatasync", fd); }
+"""
+
+
+def shim(folder: Path) -> Path:
+    """Build a library that makes every fsync fail while a file is there; skip where nothing can build it."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler here to build the failing fsync with")
+    source, library = folder / "shim.c", folder / "shim.so"
+    source.write_text(SHIM)
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    return library
+
+
+async def test_a_disk_that_fails_to_confirm_ends_the_daemon_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When fsync fails: no 250, the daemon ends with 74 and a sentence; a new start delivers each fax once."""
+    library, failing = shim(tmp_path), tmp_path / "failing"
+    async with world(tmp_path) as w:
+        await w.gateway.stop()
+        usual = w.gateway._environment()
+        faulty = usual | {"LD_PRELOAD": str(library), "FSYNC_FAILS": str(failing)}
+        monkeypatch.setattr(w.gateway, "_environment", lambda: faulty)
+        await w.restart()
+        await w.replies(next(FREE))
+        failing.touch()
+        number = next(FREE)
+        lost = letter(number)
+        with pytest.raises((smtplib.SMTPResponseException, smtplib.SMTPServerDisconnected)) as answer:
+            await w.mail(number, message=lost)
+        if isinstance(answer.value, smtplib.SMTPResponseException):
+            assert answer.value.smtp_code == 451
+        assert await ended(w) == os.EX_IOERR
+        assert "the store can keep nothing more" in w.gateway.stderr
+        w.gateway.stderr = ""
+        failing.unlink()
+        await w.restart()
+        await w.replies(number, message=lost)
+        await w.everyone_told()
+        assert len(w.taken(number)) == 1
+
+
+async def ended(w: World) -> int:
+    """Return the daemon's exit code once it has ended by itself."""
+    process = w.gateway._process
+    assert process is not None
+    await until(w.gateway._ended, "the daemon to end")
+    return await process.wait()

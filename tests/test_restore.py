@@ -1,0 +1,70 @@
+"""A restored backup: what was sent after it was made is not sent again."""
+
+import shutil
+import sqlite3
+from pathlib import Path
+
+from harness import World, numbers, until, world
+
+FREE = numbers()
+
+
+def backup(folder: Path) -> Path:
+    """Make a backup beside the running daemon, as docs/operations.md says."""
+    copy = folder / "backup.db"
+    with sqlite3.connect(folder / "gateway.db") as source, sqlite3.connect(copy) as target:
+        source.backup(target)
+    return copy
+
+
+async def restore(w: World, folder: Path, copy: Path) -> None:
+    """Put the backup in the place of the database, and start with --held."""
+    await w.gateway.stop()
+    for suffix in ("-wal", "-shm"):
+        (folder / f"gateway.db{suffix}").unlink(missing_ok=True)
+    shutil.copy(copy, folder / "gateway.db")
+    w.gateway.options = ("--held",)
+    await w.restart()
+    w.gateway.options = ()
+
+
+async def test_what_was_sent_since_the_backup_is_not_sent_again(tmp_path: Path) -> None:
+    """After `serve --held` a fax that went out since is held with the carrier's id, another one goes on."""
+    async with world(tmp_path) as w:
+        await w.replies(next(FREE))
+        await w.gateway.run("hold", "--all")
+        sent, waiting = next(FREE), next(FREE)
+        sent_id = f"{await w.mail(sent)}-1"
+        waiting_id = f"{await w.mail(waiting)}-1"
+        await w.gateway.run("hold", waiting_id)
+        copy = backup(tmp_path)
+        await w.gateway.run("release", "--all")
+        await w.reply(sent_id)
+        await restore(w, tmp_path, copy)
+        await until(lambda: w.gateway.said("restore_checked", held=1), "the carrier to be asked")
+        shown = (await w.gateway.show(sent_id))["fax"]
+        assert (shown["state"], shown["held_for"]) == ("held", "restored")
+        assert w.taken(sent)[0].fax_id in shown["held_detail"]
+        await w.gateway.run("release", waiting_id)
+        assert (await w.gateway.run("release", "--all"))[0] == 0
+        await w.reply(waiting_id, "delivered")
+        assert len(w.taken(sent)) == len(w.taken(waiting)) == 1
+
+
+async def test_a_restore_goes_on_after_a_crash_and_waits_for_the_carrier(tmp_path: Path) -> None:
+    """Nothing is called before the carrier has answered, whatever an operator says, restarts included."""
+    async with world(tmp_path) as w:
+        await w.gateway.run("hold", "--all")
+        fax_id = f"{await w.mail(next(FREE))}-1"
+        copy = backup(tmp_path)
+        w.carrier.set_account("503")
+        await restore(w, tmp_path, copy)
+        await until(lambda: w.gateway.said("restore_checked"), "the carrier to be asked in vain")
+        await w.gateway.run("release", "--all")
+        await w.gateway.kill()
+        await w.restart()
+        await until(lambda: w.gateway.said("restore_checked"), "the carrier to be asked in vain again")
+        assert w.gateway.said("call_begun") == []
+        w.carrier.set_account("ok")
+        await until(lambda: w.gateway.said("restore_checked", held=0), "the carrier to answer")
+        await w.reply(fax_id, "delivered")
