@@ -20,8 +20,9 @@ What they use
     address           recipient to E.164; may this sender dial this number
     prepare           what a child process does to one mail
     store             the verbs over what is stored: store_intake (mail in), store_work (what is due),
-                      store_apply (the one door through which a fax changes), store_outbox,
-                      store_desk, store_restore
+                      store_events (the carrier's), store_apply (the one door through which a fax changes),
+                      store_brakes (what stops the queue), store_outbox (mail out), store_desk (operators),
+                      store_restore (after a backup), store_unit (what they share)
     telnyx            the carrier's HTTP: telnyx_answers, telnyx_events
     relay             the mail server that replies go to
     compose           a reply, from the fax: compose_text

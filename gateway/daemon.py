@@ -39,7 +39,7 @@ from gateway.relay import Relay
 from gateway.smtp import MailDoor, session_factory
 from gateway.smtp_session import Sessions
 from gateway.store import Store
-from gateway.store_apply import Change, News
+from gateway.store_unit import Change, News
 from gateway.store_work import CallSettings
 from gateway.systemd import Supervisor
 from gateway.telnyx import POST_LIMIT, Telnyx

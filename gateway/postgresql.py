@@ -45,11 +45,11 @@ _MIGRATING = (0x666178, 0)
 
 _LIMITS = {
     "statement_timeout": "60s",
-    "lock_timeout": "10s",
     "idle_in_transaction_session_timeout": "10s",  # a frozen gateway shall not keep its locks
+    "lock_timeout": "15s",  # who waits for one that froze outlasts it; else the caller hears, after one wait
 }
 _SAFE = {"synchronous_commit": {"on", "remote_apply"}, "fsync": {"on"}, "full_page_writes": {"on"}}
-_AGAIN = {"40001", "40P01", "23505", "55P03"}  # serialization, deadlock, unique row, lock timeout
+_AGAIN = {"40001", "40P01", "23505"}  # serialization, deadlock, unique row
 _FULL = {"53100"}
 _NOW = "SELECT extract(epoch FROM clock_timestamp())::float8"
 

@@ -1,8 +1,9 @@
 """The store: everything the gateway must not forget, as verbs.
 
 In charge of: one method for each thing the doors and loops may do with what is stored; each is one unit of
-work in `database`, told in `store_intake` (mail in), `store_work` (calls, questions, events), `store_apply`
-(the one door through which a fax changes), `store_outbox` (mail out) and `store_desk` (operators, purge).
+work in `database`, told in `store_intake` (mail in), `store_work` (calls, questions, time), `store_events`
+(the carrier's), `store_apply` (the one door through which a fax changes), `store_brakes` (what stops the
+queue), `store_outbox` (mail out), `store_desk` (operators, purge) and `store_restore`.
 
 Promises: a verb that returned is on the disk. Of every change of a fax, alert and brake `observe` hears after
 the commit.
@@ -18,14 +19,24 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy.engine import Connection
 
-from gateway import store_apply, store_desk, store_intake, store_outbox, store_restore, store_work
+from gateway import (
+    store_apply,
+    store_brakes,
+    store_desk,
+    store_events,
+    store_intake,
+    store_outbox,
+    store_restore,
+    store_work,
+)
 from gateway.carrier import CarrierEvent
 from gateway.database import Database
 from gateway.doubt import Sighting
 from gateway.records import Event, Fax, OutboxEntry, Rules
-from gateway.store_apply import News, Unit
+from gateway.store_events import Fate
 from gateway.store_intake import CHUNK, Accepted, Submission
-from gateway.store_work import CallSettings, Evidence, Fate
+from gateway.store_unit import News, Unit
+from gateway.store_work import CallSettings, Evidence
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -121,7 +132,7 @@ class Store:
 
     async def remember_event(self, event: CarrierEvent) -> tuple[Fate, str | None]:
         """Keep a carrier's event; answer 200 after this."""
-        return await self._do(store_work.remember_event, event)
+        return await self._do(store_events.remember_event, event)
 
     async def take_over(self, from_number: str) -> int:
         """After a start: doubt what the last process was about to send; return how many that were."""
@@ -145,7 +156,7 @@ class Store:
 
     async def sweep_parked(self) -> int:
         """Look at parked events again; return how many found their fax."""
-        return await self._do(store_work.sweep_parked)
+        return await self._do(store_events.sweep_parked)
 
     # --- mail out ----------------------------------------------------------------------------------
 
@@ -173,11 +184,11 @@ class Store:
 
     async def hold_all(self) -> None:
         """Call nothing until `release_all`."""
-        await self._do(store_desk.hold_all)
+        await self._do(store_brakes.hold_all)
 
     async def release_all(self) -> None:
         """End the operator's hold; other holds are probed at once."""
-        await self._do(store_desk.release_all)
+        await self._do(store_brakes.release_all)
 
     async def list_faxes(self, states: tuple[str, ...], most: int) -> list[store_desk.Listed]:
         """Return faxes in these states, newest first; no states: all that have not ended."""

@@ -11,20 +11,16 @@ the unit of work is undone whole.
 """
 
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
-from enum import IntEnum
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection, RowMapping
 
-from gateway import reasons
 from gateway import schema as s
 from gateway.database import Conflict, StoreError
 from gateway.fax import transition
-from gateway.reasons import Kind
 from gateway.records import (
     AccountHeld,
     Alert,
@@ -42,7 +38,6 @@ from gateway.records import (
     Rejected,
     Report,
     Reported,
-    Rules,
     Stage,
     State,
     Suspect,
@@ -51,62 +46,12 @@ from gateway.records import (
     Unprovable,
     Withdrawn,
 )
-from gateway.schedule import until_midnight
-
-_BRAKE_WAITS = {"pause": (60.0, 900.0), "hold": (300.0, 3600.0)}  # first and longest wait of the probes, s
-_FARTHEST_PROBE = 3600.0  # seconds: the longest wait of ours, and the longest that a carrier may ask for
+from gateway.store_brakes import account_held_for, drop_brakes, set_brake
+from gateway.store_unit import Change, Turn, Unit, take_turn, upsert
 
 
 class UnknownFax(StoreError):
     """There is no fax of that id."""
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What one event did, for the log and the metrics."""
-
-    before: Fax
-    after: Fax
-    event: Event
-    effects: tuple[Effect, ...]
-
-
-@dataclass(slots=True)
-class Unit:
-    """One unit of work: a connection inside a transaction, its time, and what it changed."""
-
-    connection: Connection
-    now: float
-    rules: Rules
-    postmaster: str
-    news: list["News"] = field(default_factory=list)  # in the order of their happening
-
-    @property
-    def changes(self) -> list[Change]:
-        """The faxes that changed."""
-        return [item for item in self.news if isinstance(item, Change)]
-
-
-class Turn(IntEnum):
-    """What is done by one gateway at a time; the numbers name advisory locks of PostgreSQL."""
-
-    CALL = 1  # choosing the next call: brakes, channels and numbers are looked at as a whole
-    TIME = 2  # letting time pass over many faxes
-    PAPER = 3  # throwing documents away, and using one again
-    REFUSAL = 4  # counting refusals that may concern the account
-
-
-def take_turn(unit: Unit, turn: Turn) -> None:
-    """Wait until no other gateway does the same; it lasts until the commit. SQLite has one writer anyway."""
-    if unit.connection.dialect.name == "postgresql":
-        unit.connection.execute(_TAKE_TURN, {"of": _TURNS_OF_THE_STORE, "turn": turn.value})
-
-
-_TURNS_OF_THE_STORE = 0x666178  # the class of its advisory locks, for other programs keep off
-_TAKE_TURN = sa.select(sa.func.pg_advisory_xact_lock(sa.bindparam("of"), sa.bindparam("turn")))
-
-News = Change | Alert | Brake
-"""What the log and the metrics hear of after the commit."""
 
 
 # --- rows and records ------------------------------------------------------------------------------
@@ -313,19 +258,12 @@ def write_report(report: Report | None) -> str | None:
 
 # --- effects ---------------------------------------------------------------------------------------
 
-_DROP_BRAKES = s.brakes.delete().where(
-    s.brakes.c.kind.in_(["hold", "pause"]),
-    s.brakes.c.proof <= sa.bindparam("reached"),
-    s.brakes.c.since <= sa.bindparam("begun"),  # an older call proves nothing
-    s.brakes.c.scope.in_(["account", sa.bindparam("sender")]),
-)
 _SUSPECTS = sa.select(s.faxes.c.id, s.faxes.c.number).where(
     s.faxes.c.state == State.HELD.value,
     s.faxes.c.ended_at.is_(None),
     s.faxes.c.held_for == HeldFor.REFUSED.value,
     s.faxes.c.held_detail == sa.bindparam("cause"),
 )
-_ACCOUNT_HOLD = sa.select(s.brakes.c.cause).where(s.brakes.c.kind == "hold", s.brakes.c.scope == "account")
 _SENDER_OF = (
     sa.select(s.mails.c.sender)
     .join_from(s.mails, s.faxes, s.faxes.c.mail_id == s.mails.c.id)
@@ -341,17 +279,16 @@ def _carry_out(unit: Unit, fax: Fax, event: Event, effect: Effect) -> None:
         case Alert():
             alert(unit, effect)
         case Brake():
-            _brake(unit, effect)
+            set_brake(unit, effect)
         case Reached(proof, from_number) if isinstance(event, Taken | Reported):
             begun = fax.attempt(event.attempt_id).started_at
-            values = {"reached": int(proof), "sender": from_number, "begun": begun}
-            unit.connection.execute(_DROP_BRAKES, values)
+            drop_brakes(unit, proof, from_number, begun)
         case Suspect(cause):
             take_turn(unit, Turn.REFUSAL)
             suspects = unit.connection.execute(_SUSPECTS, {"cause": cause}).all()
-            known = unit.connection.execute(_ACCOUNT_HOLD).scalar() == cause  # this fax was its probe
+            known = account_held_for(unit) == cause  # this fax was its probe
             if known or len({row.number for row in suspects}) > 1:
-                _brake(unit, Brake("hold", "account", cause, Proof.TAKEN))
+                set_brake(unit, Brake("hold", "account", cause, Proof.TAKEN))
                 alert(unit, Alert("account_held", f"Two numbers met the same refusal ({cause})."))
                 for row in suspects:
                     apply(unit, row.id, AccountHeld(cause))
@@ -387,57 +324,3 @@ def alert(unit: Unit, effect: Alert) -> None:
     entry_id = f"alert.{effect.cause}.{datetime.fromtimestamp(unit.now, UTC).date().isoformat()}"
     post(unit, entry_id, unit.postmaster, cause=effect.cause, payload=effect.text.encode())
     unit.news.append(effect)  # a log line and the metric each time
-
-
-def _brake(unit: Unit, brake: Brake) -> None:
-    unit.news.append(brake)
-    first, longest = _BRAKE_WAITS[brake.kind]
-    where = (s.brakes.c.kind == brake.kind, s.brakes.c.scope == brake.scope)
-    known = unit.connection.execute(sa.select(s.brakes.c.wait).where(*where)).scalar()
-    wait = first if known is None else known
-    if brake.again_after is not None:
-        wait = max(1.0, brake.again_after) if known is None else max(brake.again_after, known)
-    values = {"cause": brake.cause, "probe_at": unit.now + wait, "proof": int(brake.proof)}
-    if known is None:
-        values |= {
-            "kind": brake.kind,
-            "scope": brake.scope,
-            "since": unit.now,
-            "wait": min(first * 2, longest),
-        }
-        unit.connection.execute(upsert(unit.connection, s.brakes).values(values).on_conflict_do_nothing())
-    else:
-        doubled = min(known * 2, longest)
-        unit.connection.execute(s.brakes.update().where(*where).values(values | {"wait": doubled}))
-
-
-_BRAKES = sa.select(s.brakes)
-_SET_BRAKE = (
-    s.brakes.update()
-    .where(s.brakes.c.kind == sa.bindparam("of_kind"), s.brakes.c.scope == sa.bindparam("of_scope"))
-    .values(since=sa.bindparam("new_since"), probe_at=sa.bindparam("new_probe_at"))
-)
-
-
-def standing_brakes(unit: Unit) -> list[Any]:
-    """Return what stops the queue.
-
-    When the clock was set back, a brake would begin in the future, where no new call is proof that it is
-    over, and its probe might be hours away: both are brought back to where they can be.
-    """
-    brakes, moved = unit.connection.execute(_BRAKES).all(), False
-    for brake in brakes:
-        spend = reasons.lookup(brake.cause).kind is Kind.SPEND
-        farthest = unit.now + max(_FARTHEST_PROBE, until_midnight(unit.now) if spend else 0.0)
-        since = min(brake.since, unit.now)
-        probe_at = None if brake.probe_at is None else min(brake.probe_at, farthest)
-        if (since, probe_at) != (brake.since, brake.probe_at):
-            moved = True
-            values = {"of_kind": brake.kind, "of_scope": brake.scope}
-            unit.connection.execute(_SET_BRAKE, values | {"new_since": since, "new_probe_at": probe_at})
-    return list(unit.connection.execute(_BRAKES) if moved else brakes)
-
-
-def upsert(connection: Connection, table: sa.Table) -> Any:
-    """Return the database's own INSERT that knows ON CONFLICT; both dialects spell it alike."""
-    return sqlite.insert(table) if connection.dialect.name == "sqlite" else postgresql.insert(table)

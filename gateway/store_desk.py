@@ -16,9 +16,10 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from gateway import schema as s
-from gateway.records import FINAL, Fax, Proof, ReceivedMail, State
-from gateway.store_apply import Turn, Unit, load, take_turn, upsert
+from gateway.records import FINAL, Fax, ReceivedMail, State
+from gateway.store_apply import load
 from gateway.store_outbox import load_mail
+from gateway.store_unit import Turn, Unit, take_turn
 
 # What one unit of work throws away: every page of it is overwritten, and nobody else writes meanwhile.
 _STEP = 20  # mails or documents
@@ -198,25 +199,6 @@ def paper_of(connection: Connection, mail_id: str) -> tuple[str, str] | None:
     """Return id and SHA-256 of a mail's document, None once purged."""
     row = connection.execute(_PAPER, {"mail_id": mail_id}).first()
     return None if row is None else (row.id, row.sha256)
-
-
-# --- everything at once ----------------------------------------------------------------------------
-
-
-def hold_all(unit: Unit) -> None:
-    """Call nothing until `release_all`."""
-    values = {
-        "kind": "operator", "scope": "account", "cause": "an operator said hold --all", "since": unit.now,
-        "probe_at": None, "wait": 0.0, "proof": int(Proof.CALLED),
-    }  # fmt: skip
-    unit.connection.execute(upsert(unit.connection, s.brakes).values(values).on_conflict_do_nothing())
-
-
-def release_all(unit: Unit) -> None:
-    """End the operator's hold, and let the probes of the other holds and pauses go at once."""
-    unit.connection.execute(s.brakes.delete().where(s.brakes.c.kind == "operator"))
-    probed = s.brakes.c.kind.in_(["hold", "pause"])
-    unit.connection.execute(s.brakes.update().where(probed).values(probe_at=unit.now))
 
 
 # --- throwing away ---------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from gateway import schema as s
 from gateway.database import StoreError
 from gateway.reasons import Kind, lookup
 from gateway.records import End, Fax, ReceivedMail, State
-from gateway.store_apply import Turn, Unit, fax_values, load, post, take_turn, upsert
+from gateway.store_apply import fax_values, load, post
+from gateway.store_unit import Turn, Unit, take_turn, upsert
 
 CHUNK = 256 * 1024  # bytes; a larger write would hold up the other units of work
 _WINDOW_WITHOUT_ID = 600.0  # seconds: without a Message-ID only a repeat soon after is the same mail

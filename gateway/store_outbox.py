@@ -17,7 +17,8 @@ from sqlalchemy.engine import Row
 
 from gateway import schema as s
 from gateway.records import Alert, Notice, OutboxEntry, ReceivedMail
-from gateway.store_apply import Unit, alert, load
+from gateway.store_apply import alert, load
+from gateway.store_unit import Unit
 
 NOTICE_LEASE = 300.0  # seconds for one mail to be composed and handed over
 

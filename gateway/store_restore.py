@@ -16,7 +16,8 @@ import sqlalchemy as sa
 from gateway import schema as s
 from gateway.doubt import Sighting
 from gateway.records import HeldFor, Proof, SetAside, State
-from gateway.store_apply import Unit, apply, upsert
+from gateway.store_apply import apply
+from gateway.store_unit import Unit, upsert
 from gateway.store_work import bound_ids
 
 _NUMBERS_AT_ONCE = 500

@@ -1,58 +1,41 @@
 """What is due, and who does it.
 
-In charge of: claiming the next fax to call, the faxes to ask about, the ones whose time has come; taking in
-the carrier's events.
+In charge of: claiming the next fax to call, the faxes to ask about, the ones whose time has come; what is
+known about a doubt.
 
 Promises: a claim writes the intent (attempt, channel, lease) before anybody calls (rule 3). No number and no
-channel is called twice at a time (rule 4). Senders take turns (rule 9). An event is kept under its own id
-before it is answered, and applied as soon as its attempt is known (rule 5).
+channel is called twice at a time (rule 4). Senders take turns (rule 9).
 
 Fails: like `apply`; a claim that lost a race to another gateway returns nothing and is tried again.
 """
 
 import uuid
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any
 
 import sqlalchemy as sa
 
 from gateway import schema as s
-from gateway.carrier import CarrierEvent
-from gateway.doubt import Sighting, fits
+from gateway.doubt import Sighting
 from gateway.records import (
     AccountHeld,
     Attempt,
     Begun,
     Doubted,
-    End,
     Fax,
     HeldFor,
-    ReleaseAsked,
-    Report,
-    Reported,
     SetAside,
     State,
-    Taken,
     TimePassed,
 )
 from gateway.schedule import next_settings
 from gateway.store_apply import (
-    CLAIM_EVENT,
-    OWNER,
-    Turn,
-    Unit,
     apply,
-    know_carrier_id,
     load,
-    read_attempt,
-    read_report,
-    standing_brakes,
-    take_turn,
-    upsert,
-    write_report,
 )
+from gateway.store_brakes import standing_brakes
+from gateway.store_events import NAMELESS, read_sighting
 from gateway.store_outbox import PENDING
+from gateway.store_unit import Turn, Unit, take_turn, upsert
 
 QUESTION_LEASE = 60.0  # seconds that one gateway has to ask the carrier about a fax
 HARMFUL_AFTER = 5  # questions, or mails about a fax, that the gateway did not live through
@@ -205,7 +188,7 @@ _TOLD = sa.select(s.carrier_events).where(
 def evidence(unit: Unit, number: str, from_number: str) -> Evidence:
     """Gather it before the carrier is asked, so that the control is older than the list."""
     newest = unit.connection.execute(_NEWEST, {"sender": from_number}).first()
-    told = tuple(_sighting(row) for row in unit.connection.execute(_TOLD, {"to_number": number}))
+    told = tuple(read_sighting(row) for row in unit.connection.execute(_TOLD, {"to_number": number}))
     if newest is None:
         return Evidence(told, None, unit.now, unit.now)
     return Evidence(told, newest.carrier_id, newest.started_at, unit.now)
@@ -216,7 +199,7 @@ def has_rival(unit: Unit, attempt_id: str, number: str) -> bool:
 
     That can be only after a call was given up as stuck; until then the number is blocked (rule 4).
     """
-    rows = unit.connection.execute(_NAMELESS, {"number": number}).mappings()
+    rows = unit.connection.execute(NAMELESS, {"number": number}).mappings()
     return any(row["open"] and row["id"] != attempt_id for row in rows)
 
 
@@ -229,98 +212,6 @@ def bound_ids(unit: Unit, carrier_ids: list[str]) -> frozenset[str]:
         )
         found.update(unit.connection.execute(query).scalars())
     return frozenset(found)
-
-
-def _sighting(row: Any) -> Sighting:
-    return Sighting(row.carrier_id, row.to_number, row.from_number, row.connection_id, row.occurred_at)
-
-
-# --- events ----------------------------------------------------------------------------------------
-
-
-class Fate(StrEnum):
-    """What became of a carrier's event."""
-
-    APPLIED = "applied"
-    PARKED = "parked"
-    DUPLICATE = "duplicate"
-
-
-_NAMELESS = (
-    sa.select(s.attempts)
-    .where(s.attempts.c.carrier_id.is_(None), s.attempts.c.number == sa.bindparam("number"))
-    .order_by(s.attempts.c.started_at)
-)
-_CLOSED_DOUBT = frozenset({End.ABSENT, End.OVERRULED})
-# The new version makes a verdict void that is being reached without this news.
-_ASK_NOW = (
-    s.faxes.update()
-    .where(s.faxes.c.id == sa.bindparam("fax_id"), s.faxes.c.state.in_(["sending", "in_doubt"]))
-    .values(due_at=sa.bindparam("now"), lease_until=0.0, version=s.faxes.c.version + 1)
-)
-
-
-def remember_event(unit: Unit, event: CarrierEvent) -> tuple[Fate, str | None]:
-    """Keep an authentic event and let it happen to its fax if that is known; returns the fax's id too."""
-    carrier_id = event.sighting.carrier_id
-    know_carrier_id(unit, carrier_id)
-    if not _add_event(unit, event):
-        return Fate.DUPLICATE, None
-    fate, fax_id = _place(unit, event.id, event.sighting, event.report)
-    if fate is Fate.PARKED:
-        _ask_about(unit, event.sighting)
-    return fate, fax_id
-
-
-def _place(unit: Unit, event_id: str, sighting: Sighting, report: Report | None) -> tuple[Fate, str | None]:
-    """Let a kept event happen to the attempt of its carrier's id, or leave it parked."""
-    owner = unit.connection.execute(OWNER, {"carrier_id": sighting.carrier_id}).first()
-    if owner is None:
-        return _bind_closed(unit, sighting)
-    unit.connection.execute(CLAIM_EVENT, {"event_id": event_id, "owner": owner.fax_id})
-    if report is None:  # a kind we do not know: a hint to ask
-        unit.connection.execute(_ASK_NOW, {"fax_id": owner.fax_id, "now": unit.now})
-    else:
-        apply(unit, owner.fax_id, Reported(owner.id, report))
-    return Fate.APPLIED, owner.fax_id
-
-
-def _add_event(unit: Unit, event: CarrierEvent) -> bool:
-    seen = event.sighting
-    insert = upsert(unit.connection, s.carrier_events).values(
-        id=event.id, carrier_id=seen.carrier_id, type=event.type, received_at=unit.now,
-        to_number=seen.to_number, from_number=seen.from_number, connection_id=seen.connection_id,
-        occurred_at=seen.seen_at, report=write_report(event.report),
-    )  # fmt: skip
-    insert = insert.on_conflict_do_nothing().returning(s.carrier_events.c.id)
-    return unit.connection.execute(insert).first() is not None
-
-
-def _fitting(unit: Unit, sighting: Sighting) -> list[tuple[str, Attempt]]:
-    """Return the attempts without a carrier's id that the sighting fits, each after its fax's id."""
-    rows = unit.connection.execute(_NAMELESS, {"number": sighting.to_number}).mappings()
-    found = [(row["fax_id"], read_attempt(row)) for row in rows]
-    return [(fax_id, attempt) for fax_id, attempt in found if fits(attempt, sighting.to_number, sighting)]
-
-
-def _bind_closed(unit: Unit, sighting: Sighting) -> tuple[Fate, str | None]:
-    """Bind what nobody owns to the closed doubt of the one fax that it fits (rule 3), or leave it parked."""
-    fitting = _fitting(unit, sighting)
-    closed = [(fax_id, attempt) for fax_id, attempt in fitting if attempt.end in _CLOSED_DOUBT]
-    if len({fax_id for fax_id, _ in closed}) != 1 or any(attempt.open for _, attempt in fitting):
-        return Fate.PARKED, None
-    fax_id, attempt = closed[-1]
-    apply(unit, fax_id, Taken(attempt.id, sighting.carrier_id))  # replays the event
-    return Fate.APPLIED, fax_id
-
-
-def _ask_about(unit: Unit, sighting: Sighting) -> None:
-    """Let the doubts that a new event fits be looked at now, also one that was left to a person."""
-    doubts = [(fax_id, attempt) for fax_id, attempt in _fitting(unit, sighting) if attempt.open]
-    for fax_id, _ in doubts:
-        unit.connection.execute(_ASK_NOW, {"fax_id": fax_id, "now": unit.now})
-    if len(doubts) == 1 and load(unit.connection, doubts[0][0]).held_for is HeldFor.DOUBT:
-        apply(unit, doubts[0][0], ReleaseAsked())
 
 
 # --- time ------------------------------------------------------------------------------------------
@@ -422,18 +313,3 @@ def take_over(unit: Unit, from_number: str, *, alone: bool) -> int:
     unit.connection.execute(_ASK_SENDING, {"at": unit.now})
     unit.connection.execute(s.outbox.update().where(PENDING).values(lease_until=0.0, due_at=unit.now))
     return len(ids)
-
-
-_WAITING_EVENTS = (
-    sa.select(s.carrier_events)
-    .where(s.carrier_events.c.fax_id.is_(None), s.carrier_events.c.received_at > sa.bindparam("since"))
-    .order_by(s.carrier_events.c.received_at.desc())
-    .limit(_MOST)
-)
-
-
-def sweep_parked(unit: Unit) -> int:
-    """Look at parked events again, a day long: the net under rule 5, and the late word on a closed doubt."""
-    rows = unit.connection.execute(_WAITING_EVENTS, {"since": unit.now - 86400.0}).all()
-    fates = [_place(unit, row.id, _sighting(row), read_report(row.report)) for row in rows]
-    return sum(1 for fate, _ in fates if fate is Fate.APPLIED)

@@ -20,7 +20,7 @@ from gateway.config import Settings
 from gateway.database import Database
 from gateway.records import Rules
 from gateway.store import Store
-from gateway.store_apply import News
+from gateway.store_unit import News
 
 POLL_WITHOUT_WEBHOOKS = 30.0  # seconds to the first question when no event will come
 POLL_PAGE = 90.0  # seconds more for each page: transmission takes over a minute a page

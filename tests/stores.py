@@ -26,9 +26,10 @@ from gateway.postgresql import PostgresqlDatabase
 from gateway.records import Alert, Begun, Event, Fax, ReceivedMail, Report, Rules, Stage, State, Taken
 from gateway.sqlite import SqliteDatabase
 from gateway.store import Store
-from gateway.store_apply import Change, News
+from gateway.store_events import Fate
 from gateway.store_intake import CHUNK, Accepted, Paper, Submission
-from gateway.store_work import CallSettings, Fate
+from gateway.store_unit import Change, News
+from gateway.store_work import CallSettings
 
 BACKENDS = ("sqlite", "postgresql")
 SENDER = "clerk@example.com"

@@ -40,7 +40,7 @@ def shim(folder: Path) -> Path:
 async def test_a_disk_that_fails_to_confirm_ends_the_daemon_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When fsync fails: no 250, the daemon ends with 74 and a sentence; a new start delivers each fax once."""
+    """No 250 is said, the daemon ends with 74 and a sentence, and a new start delivers each fax once."""
     library, failing = shim(tmp_path), tmp_path / "failing"
     async with world(tmp_path) as w:
         await w.gateway.stop()

@@ -21,7 +21,7 @@ from gateway.records import (
     Taken,
     Unprovable,
 )
-from gateway.store_work import Fate
+from gateway.store_events import Fate
 
 store = stores.store
 

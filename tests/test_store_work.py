@@ -33,8 +33,9 @@ from gateway.records import (
     Withdrawn,
 )
 from gateway.schema import metadata
-from gateway.store_apply import Unit, UnknownFax, _save
+from gateway.store_apply import UnknownFax, _save
 from gateway.store_intake import Paper, Submission
+from gateway.store_unit import Unit
 from gateway.store_work import QUESTION_LEASE
 
 store = stores.store
