@@ -7,10 +7,12 @@ Promises: what was committed is as safe as the server makes it; one that would c
 commit is refused. All times are the server's. A transaction that lost to another one begins anew; one that
 stands still is ended by the server, so that a frozen gateway holds up no other.
 
-Fails: as `database` says. While the server is away, work fails at once instead of queueing up.
+Fails: as `database` says. While the server is away, work fails at once instead of queueing up; one that is
+there and does not answer is given up after `ANSWER_LIMIT`.
 """
 
 import contextlib
+import math
 import random
 import threading
 import time
@@ -19,6 +21,7 @@ from typing import Any
 
 import psycopg
 import sqlalchemy as sa
+from psycopg.abc import RV, PQGen
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.engine.interfaces import DBAPIConnection
 
@@ -36,6 +39,7 @@ WRITERS = 4  # threads, each with a connection; their commits share the server's
 TRIES = 6  # of a unit that met another one
 OLDEST = 130000  # the first server version that was tried
 CONNECT_LIMIT = 5  # seconds
+ANSWER_LIMIT = 20.0  # seconds for a statement: longer than the server's own limits, and a 451 comes in time
 AWAY_PAUSE = 1.0  # seconds for which a server that could not be reached is not asked again
 NEWS_PAUSE = 0.02  # seconds between two messages to the other gateways: a commit with NOTIFY waits for others
 LISTEN_TURN = 0.5  # seconds
@@ -44,9 +48,9 @@ _MIGRATING = (0x666178, 0)
 """The advisory lock under which one gateway migrates; the store has others of the same class."""
 
 _LIMITS = {
-    "statement_timeout": "60s",
+    "statement_timeout": "18s",
     "idle_in_transaction_session_timeout": "10s",  # a frozen gateway shall not keep its locks
-    "lock_timeout": "15s",  # who waits for one that froze outlasts it; else the caller hears, after one wait
+    "lock_timeout": "11s",  # who waits for one that froze outlasts it; else the caller hears, after one wait
 }
 _SAFE = {"synchronous_commit": {"on", "remote_apply"}, "fsync": {"on"}, "full_page_writes": {"on"}}
 _AGAIN = {"40001", "40P01", "23505"}  # serialization, deadlock, unique row
@@ -68,7 +72,7 @@ class PostgresqlDatabase(Database):
         self._listens = False
         self._closing = threading.Event()
         self._finished = threading.Semaphore(0)  # one for each writer that has ended
-        self._away_until = 0.0  # monotonic
+        self._away_until = 0.0  # monotonic; 0.0: it was there when it was last asked
 
     def clock(self, connection: Connection) -> float:
         """Return the server's time at the beginning of the transaction."""
@@ -89,10 +93,13 @@ class PostgresqlDatabase(Database):
         )
         try:
             with self._writer.begin() as connection:
+                driver: Any = connection.connection.driver_connection
                 if serve:
+                    driver.patience = math.inf  # a large table takes what it takes to be changed
                     connection.exec_driver_sql("SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0")
                     connection.exec_driver_sql("SELECT pg_advisory_xact_lock(%s, %s)", _MIGRATING)
                 self._migrate(connection, serve=serve)
+            driver.patience = ANSWER_LIMIT
         except sa.exc.DBAPIError as error:
             raise translate(error) from error
         self._listens = serve
@@ -123,6 +130,7 @@ class PostgresqlDatabase(Database):
             hide_parameters=True,  # numbers and addresses stay out of error texts
         )
         self.engines.append(engine)
+        sa.event.listen(engine, "do_connect", _open)
         sa.event.listen(engine, "connect", _configure)
         sa.event.listen(engine, "begin", _begin)
         sa.event.listen(engine, "after_cursor_execute", _note)
@@ -146,10 +154,12 @@ class PostgresqlDatabase(Database):
 
     def _run(self, engine: Engine, unit: Unit) -> None:
         """Run one unit in a transaction of its own, anew when it met another one."""
+        if time.monotonic() < self._away_until:
+            unit.answer(None, StoreUnavailable("PostgreSQL cannot be reached"))
+            return
+        if self._away_until:  # this unit finds out whether it is back; the others need not wait for that
+            self._away_until = time.monotonic() + CONNECT_LIMIT
         for left in reversed(range(TRIES)):
-            if time.monotonic() < self._away_until:
-                unit.answer(None, StoreUnavailable("PostgreSQL cannot be reached"))
-                return
             finished = False
             try:
                 with engine.connect() as connection, connection.begin() as transaction:
@@ -157,12 +167,13 @@ class PostgresqlDatabase(Database):
                     finished = True
                     transaction.commit()
                     changed = connection.info["changed"]
+                    self._away_until = 0.0
             except Exception as error:  # noqa: BLE001 -- this thread must live, and the caller must hear of it
                 if left and _once_more(error, finished=finished):
                     time.sleep(random.uniform(0, 0.05 * (TRIES - left)))  # noqa: S311 -- no secret
                     continue
-                if isinstance(error, sa.exc.OperationalError) and not _sqlstate(error):
-                    self._away_until = time.monotonic() + AWAY_PAUSE
+                away = isinstance(error, sa.exc.OperationalError) and not _sqlstate(error)
+                self._away_until = time.monotonic() + AWAY_PAUSE if away else 0.0
                 unit.answer(None, translate(error))
                 return
             unit.answer(result, None)
@@ -201,7 +212,7 @@ class PostgresqlDatabase(Database):
         while not self._closing.is_set():
             try:
                 connection = self._writer.raw_connection()
-            except (sa.exc.SQLAlchemyError, WrongDatabase):
+            except (sa.exc.SQLAlchemyError, psycopg.Error, WrongDatabase):  # here SQLAlchemy wraps nothing
                 self._closing.wait(LISTEN_TURN)
                 continue
             driver: Any = connection.driver_connection
@@ -219,6 +230,38 @@ class PostgresqlDatabase(Database):
 
 
 # --- connections and transactions ----------------------------------------------------------------------
+
+
+class _NoAnswer(psycopg.OperationalError):
+    """The server is there and does not answer."""
+
+
+class _Connection(psycopg.Connection[Any]):
+    """A connection that does not wait for ever: libpq would, as long as the server's machine lives."""
+
+    patience = ANSWER_LIMIT
+
+    def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
+        """Do what psycopg does, for as long as `patience` says."""
+        del timeout
+        return super().wait(self._in_time(gen), interval)
+
+    def _in_time(self, steps: PQGen[RV]) -> PQGen[RV]:
+        deadline = time.monotonic() + self.patience
+        ready: Any = None
+        try:
+            while True:
+                ready = yield steps.send(ready)
+                if not ready and time.monotonic() > deadline:
+                    self.close()  # what it was not told to commit, it will not commit
+                    raise _NoAnswer(f"no answer within {self.patience:.0f} s")
+        except StopIteration as end:
+            result: RV = end.value
+            return result
+
+
+def _open(_dialect: object, _record: object, arguments: Any, options: Any) -> _Connection:
+    return _Connection.connect(*arguments, **options)
 
 
 def _configure(connection: DBAPIConnection, _record: object) -> None:
@@ -259,7 +302,9 @@ def _sqlstate(error: Exception) -> str | None:
 
 
 def _once_more(error: Exception, *, finished: bool) -> bool:
-    """Whether the transaction surely did not happen and may well succeed when it begins anew."""
+    """Whether the transaction surely did not happen and may well succeed when it begins anew, and soon."""
+    if isinstance(getattr(error, "orig", None), _NoAnswer):
+        return False
     if isinstance(error, Conflict) or _sqlstate(error) in _AGAIN:
         return True
     return not finished and isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated

@@ -121,6 +121,11 @@ QUICK: dict[str, dict[str, Any]] = {
 PROGRAM = (sys.executable, "-m", "gateway")
 
 
+def program_after(lines: str) -> tuple[str, ...]:
+    """Return how to start a gateway after these lines of Python, which shorten what no setting does."""
+    return (sys.executable, "-c", f"{lines}\nfrom gateway import cli\ncli.main()")
+
+
 class Gateway:
     """One `fax-gateway serve` with a folder and a configuration of its own.
 
@@ -316,11 +321,21 @@ class World:
         if self.on_step is not None:
             await self.on_step(name, told)
 
-    async def mail(self, *numbers: str, message: EmailMessage | None = None, sender: str = SENDER) -> str:
-        """Mail a letter to numbers; return the mail's id. Raises smtplib's errors."""
+    async def mail(
+        self,
+        *numbers: str,
+        message: EmailMessage | None = None,
+        sender: str = SENDER,
+        gateway: Gateway | None = None,
+    ) -> str:
+        """Mail a letter to numbers, to `gateway` where there are several; return the mail's id.
+
+        Raises smtplib's errors.
+        """
         message = message or letter(*numbers)
         recipients = [f"{number}@fax.local" for number in numbers]
-        answer = await asyncio.to_thread(_hand_over, self.gateway.smtp_port, message, sender, recipients)
+        port = (gateway or self.gateway).smtp_port
+        answer = await asyncio.to_thread(_hand_over, port, message, sender, recipients)
         assert answer.startswith("2.0.0 queued as "), answer
         mail_id = answer.rpartition(" ")[2]
         self.accepted.setdefault(mail_id, len({number for number in numbers if number != "postmaster"}))
@@ -367,8 +382,17 @@ class World:
 
 
 @contextlib.asynccontextmanager
-async def world(folder: Path, call_time: float = 0.05, **sections: dict[str, Any]) -> AsyncIterator[World]:
-    """Open a world; `sections` are settings over `QUICK`, as in `telnyx={"channels": 1}`."""
+async def world(
+    folder: Path,
+    call_time: float = 0.05,
+    program: Sequence[str] = PROGRAM,
+    environ: Mapping[str, str] | None = None,
+    **sections: dict[str, Any],
+) -> AsyncIterator[World]:
+    """Open a world; `sections` are settings over `QUICK`, as in `telnyx={"channels": 1}`.
+
+    `program` and `environ` are the gateway's.
+    """
     mailbox = Mailbox()
     await mailbox.open()
     carrier = Sandbox(SandboxOptions(call_time=call_time, lag=1.0))
@@ -379,7 +403,7 @@ async def world(folder: Path, call_time: float = 0.05, **sections: dict[str, Any
     settings["store"] = {"url": f"sqlite:///{folder}/gateway.db"}
     for name, section in sections.items():
         settings[name] = settings.get(name, {}) | section
-    gateway = Gateway(folder, settings)
+    gateway = Gateway(folder, settings, program, environ)
     try:
         await gateway.start()
         carrier.set_webhook_url(gateway.webhook_url)

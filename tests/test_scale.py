@@ -24,8 +24,8 @@ def fill(folder: Path, number: Callable[[int], str]) -> None:
             ((mail, now, document) for mail in mails),
         )
         connection.executemany(
-            "INSERT INTO faxes (id, mail_id, number, recipient, pages, state, due_at, accepted_at, give_up_at,"
-            " version, held_detail, told_delayed, cancel_asked, turn, lease_until)"
+            "INSERT INTO faxes (id, mail_id, number, recipient, pages, state, due_at, accepted_at,"
+            " give_up_at, version, held_detail, told_delayed, cancel_asked, turn, lease_until)"
             " VALUES (?, ?, ?, '', 1, 'queued', ?, ?, ?, 0, '', 0, 0, ?, 0)",
             (
                 (f"{mail}-1", mail, number(place), now, now, now + 86400, float(place + 2))
@@ -59,7 +59,7 @@ async def start(w: World) -> float:
 async def test_a_hundred_thousand_waiting_faxes_delay_no_start(
     tmp_path: Path, number: Callable[[int], str]
 ) -> None:
-    """Ready again within 3 s, under 300 MB, the queue moves, and another sender's fax need not wait for it."""
+    """Ready again within 3 s, under 300 MB, the queue moves, and another sender need not wait for it."""
     async with world(tmp_path, call_time=0.0) as w:
         await w.replies("+13125550151")  # its document is the others', too
         await w.gateway.stop()
