@@ -23,13 +23,15 @@ COVERAGE = 95
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo test lint check lock install uninstall anew \
+.PHONY: help demo test torture lint check lock install uninstall anew \
 	install-check install-program install-command install-account install-configuration install-unit
 
 help:
 	@echo 'make demo             a sample mail becomes a fax and is answered, all on this machine; then it goes on serving'
 	@echo 'make demo ONCE=1      the same, and ends when the answer is there'
 	@echo 'make test             all tests, and the share of gateway/ that they run through'
+	@echo 'make torture          the gateway under a stream of mails, killed all the time; then what was lost or doubled'
+	@echo '                      (SEED= MINUTES= FAXES= KILLS= STORE=sqlite or postgresql; HELP=1 tells more)'
 	@echo 'make lint             style (ruff) and types (mypy)'
 	@echo 'make check            lint, then test'
 	@echo 'make lock             writes the lock files anew from pyproject.toml (UPGRADE=1: with the newest versions)'
@@ -46,6 +48,11 @@ test: .venv/ready
 	echo "Running the tests ($$workers at a time)"; \
 	.venv/bin/python -m pytest --quiet --numprocesses="$$workers" --dist=worksteal \
 		--cov --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=$(COVERAGE)
+
+torture: .venv/ready
+	@.venv/bin/python tests/torture.py $(if $(filter-out 0,$(HELP)),--help) $(if $(SEED),--seed $(SEED)) \
+		$(if $(MINUTES),--minutes $(MINUTES)) $(if $(STORE),--store $(STORE)) \
+		$(if $(FAXES),--faxes $(FAXES)) $(if $(KILLS),--kills $(KILLS))
 
 lint: .venv/ready
 	@echo 'Checking the style: ruff check'

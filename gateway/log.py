@@ -50,7 +50,7 @@ EVENTS: Mapping[str, str] = MappingProxyType(
         "call_unavailable": "fax, attempt, cause: certainly not taken, for now",
         "call_in_doubt": "fax, attempt, faxes, cause: no telling whether it was taken",
         "doubt_checked": "fax, attempt, verdict: one look for a call in doubt",
-        "restore_checked": "listed, held, or error: what the carrier sent since the restored backup was made",
+        "restore_checked": "listed, held, error: what the carrier sent since the restored backup was made",
         "carrier_asked": "fax, carrier_id, status, cancel, error: a question about a silent fax",
         # Webhooks
         "webhook_received": "event_id, type, carrier_id, fax, result: stored, so answered 200",

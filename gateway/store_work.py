@@ -258,8 +258,9 @@ def pass_time(unit: Unit) -> int:
     take_turn(unit, Turn.TIME)
     rules, now = unit.rules, {"now": unit.now}
     for fax_id in _ids(unit, _LAPSED, now):
-        attempt = load(unit.connection, fax_id).attempts[-1]
-        apply(unit, fax_id, Doubted(attempt.id, "lease ran out"))
+        fax = load(unit.connection, fax_id)
+        if fax.state is State.SUBMITTING:  # and no late answer was faster
+            apply(unit, fax_id, Doubted(fax.attempts[-1].id, "lease ran out"), version=fax.version)
     due = [
         *_ids(unit, _EXPIRED, now),
         *_ids(unit, _UNTOLD, {"before": unit.now - rules.delayed_after}),

@@ -1,0 +1,503 @@
+"""The store on a PostgreSQL server: opening, units of work, servers that go away, news between gateways."""
+
+import asyncio
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import postgres
+import psycopg
+import pytest
+import sqlalchemy as sa
+from faxes import NUMBER
+from harness import until
+from postgres import Server
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.engine import Connection
+
+from gateway import migrations, postgresql
+from gateway.database import Conflict, StoreError, StoreUnavailable, Work, WrongDatabase
+from gateway.postgresql import WRITERS, PostgresqlDatabase
+from gateway.schema import metadata
+
+PATIENCE = 30.0  # seconds
+WORDS = sa.Table("words", sa.MetaData(), sa.Column("word", sa.String, unique=True))
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    """Return the URL of an empty database of the gateway's, with one more table to write into."""
+    url = postgres.server().create(postgres.template())
+    execute(url, "CREATE TABLE words (word TEXT UNIQUE)")
+    yield url
+    postgres.server().drop(url)
+
+
+@pytest.fixture
+async def database(url: str) -> AsyncIterator[PostgresqlDatabase]:
+    """Return that database as one gateway has it open."""
+    database = PostgresqlDatabase(url)
+    database.open(serve=True)
+    yield database
+    await asyncio.to_thread(database.close)
+
+
+@pytest.fixture
+def nothing() -> Iterator[str]:
+    """Return the URL of a database without anything in it."""
+    url = postgres.server().create()
+    yield url
+    postgres.server().drop(url)
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Server]:
+    """Return a server that a test may start and stop as it likes."""
+    server = postgres.new_server()
+    yield server
+    server.stop()
+
+
+def execute(url: str, *statements: str) -> list[tuple[object, ...]]:
+    """Execute statements as somebody else; return the rows of the last one."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        for sql in statements[:-1]:
+            connection.execute(sql.encode())
+        cursor = connection.execute(statements[-1].encode())
+        return cursor.fetchall() if cursor.description else []
+
+
+def statement(text: str, **values: object) -> Work[None]:
+    """Make a unit of work that executes one statement."""
+    return lambda connection: connection.execute(sa.text(text), values).close()
+
+
+def say(word: str) -> Work[None]:
+    """Make a unit of work that writes a word."""
+    return lambda connection: connection.execute(WORDS.insert().values(word=word)).close()
+
+
+def words(url: str) -> set[object]:
+    """Return the words that are committed."""
+    return {word for (word,) in execute(url, "SELECT word FROM words")}
+
+
+class Bell:
+    """Counts the news."""
+
+    def __init__(self) -> None:
+        self.rung = 0
+        self._changed = threading.Condition()
+
+    def __call__(self) -> None:
+        """Take one."""
+        with self._changed:
+            self.rung += 1
+            self._changed.notify_all()
+
+    async def wait(self, rung: int, patience: float = PATIENCE) -> bool:
+        """Wait until it has been rung so often; return whether it was."""
+
+        def wait() -> bool:
+            with self._changed:
+                return self._changed.wait_for(lambda: self.rung >= rung, patience)
+
+        return await asyncio.to_thread(wait)
+
+
+@contextlib.asynccontextmanager
+async def gateway(url: str, *, serve: bool = True) -> AsyncIterator[tuple[PostgresqlDatabase, Bell]]:
+    """Open the database once more; wait until it hears the others."""
+    bell = Bell()
+    database = PostgresqlDatabase(url, bell)
+    database.open(serve=serve)
+    assert not serve or await bell.wait(1)
+    bell.rung = 0
+    try:
+        yield database, bell
+    finally:
+        await asyncio.to_thread(database.close)
+
+
+# --- opening -----------------------------------------------------------------------------------------
+
+
+def test_gateways_that_start_at_once_create_the_tables_once(nothing: str) -> None:
+    """An empty database is set up by one of several gateways; the others find it ready."""
+    gateways = [PostgresqlDatabase(nothing) for _ in range(3)]
+    with ThreadPoolExecutor() as pool:
+        for opened in [pool.submit(gateway.open, serve=True) for gateway in gateways]:
+            opened.result()
+    assert execute(nothing, "SELECT version_num FROM alembic_version") == [(migrations.REVISIONS[-1],)]
+    tables = {
+        name for (name,) in execute(nothing, "SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+    }
+    assert tables == {*metadata.tables, "alembic_version"}
+    for one in gateways:
+        one.close()
+        one.close()  # once more does no harm
+
+
+def test_only_a_server_sets_a_database_up(nothing: str) -> None:
+    """A command that meets an empty database says what is to be done, and changes nothing."""
+    with pytest.raises(WrongDatabase, match="start `fax-gateway serve` once"):
+        PostgresqlDatabase(nothing).open(serve=False)
+    assert execute(nothing, "SELECT tablename FROM pg_tables WHERE schemaname = 'public'") == []
+
+
+@pytest.mark.parametrize("serve", [True, False])
+def test_a_newer_database_is_left_alone(url: str, serve: bool) -> None:  # noqa: FBT001 -- a parameter
+    """A program that is older than the other gateways' says so and does not start."""
+    execute(url, "UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(WrongDatabase, match=r"newer fax-gateway \(revision 9999\): upgrade the program"):
+        PostgresqlDatabase(url).open(serve=serve)
+    assert execute(url, "SELECT version_num FROM alembic_version") == [("9999",)]
+
+
+@pytest.mark.parametrize("setting", ["off", "local", "remote_write"])
+@pytest.mark.parametrize("of", ["DATABASE {name}", "ROLE postgres IN DATABASE {name}"])
+def test_a_server_that_may_forget_is_refused(url: str, setting: str, of: str) -> None:
+    """A 250 is only said for what the server has on its disk: weaker settings end the start."""
+    execute(url, f"ALTER {of.format(name=url.rpartition('/')[2])} SET synchronous_commit = {setting}")
+    with pytest.raises(WrongDatabase, match=f"synchronous_commit = {setting} and may lose"):
+        PostgresqlDatabase(url).open(serve=True)
+
+
+@pytest.mark.parametrize("setting", ["fsync", "full_page_writes"])
+def test_a_server_that_does_not_write_is_refused(machine: Server, setting: str) -> None:
+    """Nor does a gateway work on a server whose settings give a crash the last word."""
+    machine.start(**{setting: "off"})
+    try:
+        with pytest.raises(WrongDatabase, match=f"{setting} = off and may lose"):
+            PostgresqlDatabase(machine.url("postgres")).open(serve=True)
+    finally:
+        machine.stop()
+
+
+def test_an_encoding_that_loses_letters_is_refused() -> None:
+    """Names and subjects come from everywhere: only UTF8 holds them all."""
+    server = postgres.server()
+    server.execute("CREATE DATABASE latin TEMPLATE template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'")
+    with pytest.raises(WrongDatabase, match="encoding UTF8"):
+        PostgresqlDatabase(server.url("latin")).open(serve=True)
+    server.drop(server.url("latin"))
+
+
+@pytest.mark.parametrize("serve", [True, False])
+def test_no_server_is_told(serve: bool) -> None:  # noqa: FBT001 -- a parameter
+    """Who starts before the server hears that it is away, and not the password that it was to be told."""
+    server = postgres.server()
+    for place, cause in ((server.url("absent"), '"absent" does not exist'), (server.url("x"), "refused")):
+        wrong = place.replace("postgres@", "postgres:hush@")
+        if cause == "refused":
+            wrong = wrong.replace(f":{server.port}/", ":1/")
+        with pytest.raises(StoreUnavailable, match=cause) as caught:
+            PostgresqlDatabase(wrong).open(serve=serve)
+        assert "hush" not in str(caught.value)
+
+
+# --- units of work -----------------------------------------------------------------------------------
+
+
+async def test_a_failing_unit_leaves_nothing(database: PostgresqlDatabase, url: str) -> None:
+    """One mail that cannot be stored is not half there, and takes nothing from the others."""
+
+    def half_done(connection: Connection) -> None:
+        say("half")(connection)
+        raise LookupError("the rest fails")
+
+    units = [database.write(work) for work in (say("one"), half_done, say("two"))]
+    outcomes = await asyncio.gather(*units, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [type(None), LookupError, type(None)]
+    assert words(url) == {"one", "two"}
+
+
+async def test_a_reader_sees_one_moment(database: PostgresqlDatabase, url: str) -> None:
+    """What a list shows was true at one moment, whatever is committed meanwhile; and it changes nothing."""
+
+    def look_twice(connection: Connection) -> list[list[str]]:
+        seen = [list(connection.execute(sa.text("SELECT word FROM words")).scalars())]
+        execute(url, "INSERT INTO words VALUES ('meanwhile')")
+        return [*seen, list(connection.execute(sa.text("SELECT word FROM words")).scalars())]
+
+    await database.write(say("before"))
+    assert await database.read(look_twice) == [["before"], ["before"]]
+    with pytest.raises(StoreUnavailable, match="read-only"):
+        await database.read(say("smuggled"))
+
+
+async def test_who_lost_a_race_begins_anew(database: PostgresqlDatabase, url: str) -> None:
+    """What another gateway changed in between is looked at again, a few times; then the caller is told."""
+    begun: list[str] = []
+
+    def overtaken(times: int) -> Work[None]:
+        def work(connection: Connection) -> None:
+            begun.append("")
+            say(f"take {len(begun)} of {times}")(connection)
+            if len(begun) <= times:
+                raise Conflict("another was faster")
+
+        return work
+
+    await database.write(overtaken(2))
+    assert (len(begun), words(url)) == (3, {"take 3 of 2"})
+    begun.clear()
+    with pytest.raises(Conflict):
+        await database.write(overtaken(99))
+    assert (len(begun), words(url)) == (postgresql.TRIES, {"take 3 of 2"})
+
+
+async def test_no_error_shows_a_value(database: PostgresqlDatabase) -> None:
+    """Errors go to the log; the numbers of the people who fax do not."""
+    await database.write(say(NUMBER))
+    with pytest.raises(StoreUnavailable, match='unique constraint "words_word_key"') as caught:
+        await database.write(say(NUMBER))
+    assert NUMBER not in repr(caught.value)
+
+
+async def test_the_clock_is_the_servers(
+    database: PostgresqlDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leases of several machines are counted by one clock, however wrong a machine's own is."""
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+
+    def look(connection: Connection) -> tuple[float, float]:
+        asked = connection.exec_driver_sql(
+            "SELECT extract(epoch FROM clock_timestamp())::float8"
+        ).scalar_one()
+        return database.clock(connection), asked
+
+    for ask in (database.write, database.read):
+        ours, asked = await ask(look)
+        assert asked - 5 < ours <= asked
+
+
+# --- trouble -----------------------------------------------------------------------------------------
+
+
+async def test_a_server_that_was_away_is_used_again(machine: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the server is away callers hear so at once; when it is back, all goes on by itself."""
+    monkeypatch.setattr(postgresql, "AWAY_PAUSE", 0.1)
+    machine.start()
+    url = machine.create()
+    async with gateway(url) as (database, bell):
+        await database.write(statement("CREATE TABLE words (word TEXT)"))
+        for place, how in enumerate((signal.SIGINT, signal.SIGQUIT)):
+            await database.write(say(f"before {place}"))
+            rung = bell.rung
+            await asyncio.to_thread(machine.stop, how)
+            began = time.monotonic()
+            units = [ask(say("lost")) for ask in (database.write, database.read) * 20]
+            outcomes = await asyncio.wait_for(asyncio.gather(*units, return_exceptions=True), PATIENCE)
+            assert {type(outcome) for outcome in outcomes} == {StoreUnavailable}
+            assert time.monotonic() - began < postgresql.CONNECT_LIMIT
+            await asyncio.to_thread(machine.start)
+            assert await bell.wait(rung + 1), "it listens again, and looks at what it may have missed"
+            await until_written(database, f"after {place}")
+        assert words(url) == {"before 0", "after 0", "before 1", "after 1"}
+    machine.stop()
+
+
+async def until_written(database: PostgresqlDatabase, word: str) -> None:
+    """Ask until the store does it."""
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            try:
+                await database.write(say(word))
+            except StoreUnavailable:
+                await asyncio.sleep(0)
+            else:
+                return
+
+
+async def test_connections_that_were_cut_are_replaced(database: PostgresqlDatabase, url: str) -> None:
+    """A failover of the server, or a firewall that forgot us, costs no mail."""
+    await asyncio.gather(*(database.write(say(f"before {n}")) for n in range(2 * WRITERS)))
+    cut = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = current_database() "
+    cut += "AND pid <> pg_backend_pid()"
+    assert execute(url, cut)[0][0] != 0
+    units = [database.write(say(f"after {n}")) for n in range(2 * WRITERS)]
+    await asyncio.gather(*units, database.read(statement("SELECT 1")))
+    assert len(words(url)) == 4 * WRITERS
+    begun: list[int] = []
+
+    def cut_off(connection: Connection) -> None:
+        begun.append(connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one())
+        if len(begun) == 1:
+            execute(url, f"SELECT pg_terminate_backend({begun[0]}, 10000)")
+        say("in the middle")(connection)
+
+    await database.write(cut_off)
+    assert len(set(begun)) == 2
+    assert "in the middle" in words(url)
+
+
+async def test_a_commit_that_nobody_answered_is_not_repeated(database: PostgresqlDatabase, url: str) -> None:
+    """If the server falls silent during a commit, the caller hears that it is away: it may have happened."""
+    execute(
+        url,
+        "CREATE FUNCTION die() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NULL; END $$",
+        "CREATE CONSTRAINT TRIGGER death AFTER INSERT ON words DEFERRABLE INITIALLY DEFERRED "
+        "FOR EACH ROW EXECUTE FUNCTION die()",
+    )
+    begun: list[str] = []
+
+    def once(connection: Connection) -> None:
+        begun.append("")
+        say("perhaps")(connection)
+
+    with pytest.raises(StoreUnavailable, match="terminating connection"):
+        await database.write(once)
+    assert len(begun) == 1
+    execute(url, "DROP TRIGGER death ON words")
+    await database.write(say("next"))
+
+
+async def test_a_gateway_that_froze_gives_its_locks_back(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who stands still in mid-work holds up no other gateway for long, and begins anew when it wakes."""
+    monkeypatch.setitem(postgresql._LIMITS, "idle_in_transaction_session_timeout", "200ms")
+    execute(url, "INSERT INTO words VALUES ('contended')")
+    has_it, wake, begun = asyncio.Event(), threading.Event(), []
+    loop = asyncio.get_running_loop()
+
+    def freeze(connection: Connection) -> None:
+        begun.append("")
+        statement("UPDATE words SET word = word || ', frozen'")(connection)
+        loop.call_soon_threadsafe(has_it.set)
+        assert wake.wait(PATIENCE)
+        connection.exec_driver_sql("SELECT 1")
+
+    async with gateway(url) as (frozen, _), gateway(url) as (other, _):
+        freezing = frozen.write(freeze)
+        await has_it.wait()
+        await other.write(statement("UPDATE words SET word = word || ', other'"))
+        assert words(url) == {"contended, other"}
+        wake.set()
+        await freezing
+    assert words(url) == {"contended, other, frozen"}
+    assert len(begun) == 2
+
+
+async def test_nobody_waits_for_a_lock_for_ever(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session of somebody else's that keeps a row locked costs callers one wait, not several."""
+    monkeypatch.setitem(postgresql._LIMITS, "lock_timeout", "300ms")
+    execute(url, "INSERT INTO words VALUES ('locked')")
+    async with gateway(url) as (database, _):
+        with psycopg.connect(url) as somebody:
+            somebody.execute("UPDATE words SET word = 'theirs'")
+            began = time.monotonic()
+            with pytest.raises(StoreUnavailable, match="lock timeout"):
+                await database.write(statement("UPDATE words SET word = 'ours'"))
+            assert 0.3 <= time.monotonic() - began < 1.2
+        await database.write(statement("UPDATE words SET word = word || ', then ours'"))
+    assert words(url) == {"theirs, then ours"}
+
+
+async def test_nobody_waits_for_a_thread_that_ended(url: str) -> None:
+    """Should a fault of ours ever end a thread, whoever asks hears that the store is away; and it closes."""
+    broken: list[Exception] = []
+
+    def fault() -> None:
+        raise RuntimeError("a fault of ours")
+
+    database = PostgresqlDatabase(url, fault, broken.append)
+    database.open(serve=False)
+    await database.write(say("heard"))  # answered before the news
+    await until(lambda: broken, "the end of the thread")
+    with pytest.raises(StoreUnavailable, match="closed"):
+        database.read(statement("SELECT 1"))
+    await asyncio.wait_for(asyncio.to_thread(database.close), PATIENCE)
+    assert [str(error) for error in broken] == ["a fault of ours"]
+
+
+# --- news --------------------------------------------------------------------------------------------
+
+
+async def test_the_news_of_another_gateway_comes_at_once(url: str) -> None:
+    """What one gateway commits the other hears within half a second, and so does the one itself."""
+    async with gateway(url) as (one, bell_of_one), gateway(url) as (_, bell_of_other):
+        waits = []
+        for turn in range(1, 6):
+            began = time.monotonic()
+            await one.write(say(f"word {turn}"))
+            assert await bell_of_one.wait(turn)
+            assert await bell_of_other.wait(turn)
+            waits.append(time.monotonic() - began)
+        assert sorted(waits)[2] < 0.5
+        assert bell_of_one.rung == 5, "its own news do not come back to it"
+
+
+async def test_what_changed_nothing_is_no_news(url: str) -> None:
+    """Gateways that look and find nothing do not wake each other for ever."""
+    execute(url, "INSERT INTO words VALUES ('old')")
+    async with gateway(url) as (one, bell_of_one), gateway(url) as (_, bell_of_other):
+        for work in (
+            statement("SELECT 1"),
+            lambda connection: connection.execute(
+                WORDS.update().where(WORDS.c.word == "no").values(word="x")
+            ),
+            lambda connection: connection.execute(WORDS.delete().where(WORDS.c.word == "no")),
+            lambda connection: connection.execute(insert(WORDS).values(word="old").on_conflict_do_nothing()),
+            statement("SELECT * FROM words FOR UPDATE"),
+        ):
+            await one.write(work)
+        with pytest.raises(LookupError):
+            await one.write(undone)
+        execute(url, "NOTIFY fax_gateway, 'somebody'")
+        assert await bell_of_one.wait(1)
+        assert await bell_of_other.wait(1)
+        assert (bell_of_one.rung, bell_of_other.rung) == (1, 1)
+
+
+def undone(connection: Connection) -> None:
+    """Write, and fail."""
+    say("undone")(connection)
+    raise LookupError("the rest fails")
+
+
+async def test_what_a_command_did_last_is_heard(url: str) -> None:
+    """A command that changes several faxes and ends is heard after the last of them."""
+    seen: list[set[object]] = []
+    heard = threading.Event()
+
+    def look() -> None:
+        seen.append(words(url))
+        heard.set()
+
+    def heard_of(word: str) -> bool:
+        return word in seen[-1]
+
+    server = PostgresqlDatabase(url, look)
+    server.open(serve=True)
+    assert await asyncio.to_thread(heard.wait, PATIENCE)
+    for turn in range(10):
+        async with gateway(url, serve=False) as (command, _):
+            for place in range(2):
+                await command.write(say(f"{turn}.{place}"))
+        await until(partial(heard_of, f"{turn}.1"), "the news of the last commit")
+    await asyncio.to_thread(server.close)
+
+
+# --- closing -----------------------------------------------------------------------------------------
+
+
+async def test_closing_finishes_what_was_asked(database: PostgresqlDatabase, url: str) -> None:
+    """What waited when the gateway was told to stop is still done; what comes later is refused at once."""
+
+    async def go_on_saying() -> None:
+        while True:
+            units.append(database.write(say(f"late {len(units)}")))
+            await asyncio.sleep(0)
+
+    units = [database.write(say(str(n))) for n in range(100)]
+    reading = database.read(statement("SELECT 1"))
+    closing = asyncio.create_task(asyncio.to_thread(database.close))
+    with pytest.raises(StoreError, match="closed"):
+        await go_on_saying()
+    await asyncio.gather(*units, reading, closing)
+    assert len(words(url)) == len(units)
