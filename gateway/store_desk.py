@@ -268,6 +268,7 @@ _OLD_MAILS = (
             sa.or_(s.faxes.c.ended_at.is_(None), s.faxes.c.ended_at > sa.bindparam("before")),
         )
     )
+    .order_by(s.mails.c.received_at)  # by its index: what is younger is not looked at
     .limit(_STEP)
 )
 
