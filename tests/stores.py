@@ -218,7 +218,7 @@ def transactions(database: Database) -> Iterator[list[list[tuple[str, Any]]]]:
             began.append([])
             of_connection[connection] = began[-1]
         else:
-            of_connection[connection].append((sql, values))
+            of_connection.setdefault(connection, []).append((sql, values))
 
     for engine in database.engines:
         sa.event.listen(engine, "before_cursor_execute", listen)

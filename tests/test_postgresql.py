@@ -62,12 +62,10 @@ def machine() -> Iterator[Server]:
     server.stop()
 
 
-def execute(url: str, *statements: str) -> list[tuple[object, ...]]:
-    """Execute statements as somebody else; return the rows of the last one."""
+def execute(url: str, statements: str) -> list[tuple[object, ...]]:
+    """Execute statements as somebody else; return the rows of a single one."""
     with psycopg.connect(url, autocommit=True) as connection:
-        for sql in statements[:-1]:
-            connection.execute(sql.encode())
-        cursor = connection.execute(statements[-1].encode())
+        cursor = connection.execute(statements.encode())
         return cursor.fetchall() if cursor.description else []
 
 
@@ -191,12 +189,13 @@ def test_an_encoding_that_loses_letters_is_refused() -> None:
 def test_no_server_is_told(serve: bool) -> None:  # noqa: FBT001 -- a parameter
     """Who starts before the server hears that it is away, and not the password that it was to be told."""
     server = postgres.server()
-    for place, cause in ((server.url("absent"), '"absent" does not exist'), (server.url("x"), "refused")):
-        wrong = place.replace("postgres@", "postgres:hush@")
-        if cause == "refused":
-            wrong = wrong.replace(f":{server.port}/", ":1/")
+    absent = server.url("absent").replace("postgres@", "postgres:hush@")
+    for url, cause in (
+        (absent, '"absent" does not exist'),
+        (absent.replace(f":{server.port}/", ":1/"), "refused"),
+    ):
         with pytest.raises(StoreUnavailable, match=cause) as caught:
-            PostgresqlDatabase(wrong).open(serve=serve)
+            PostgresqlDatabase(url).open(serve=serve)
         assert "hush" not in str(caught.value)
 
 
@@ -317,9 +316,8 @@ async def until_written(database: PostgresqlDatabase, word: str) -> None:
 async def test_connections_that_were_cut_are_replaced(database: PostgresqlDatabase, url: str) -> None:
     """A failover of the server, or a firewall that forgot us, costs no mail."""
     await asyncio.gather(*(database.write(say(f"before {n}")) for n in range(2 * WRITERS)))
-    cut = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = current_database() "
-    cut += "AND pid <> pg_backend_pid()"
-    assert execute(url, cut)[0][0] != 0
+    cut = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = current_database()"
+    assert execute(url, f"{cut} AND pid <> pg_backend_pid()")[0][0] != 0
     units = [database.write(say(f"after {n}")) for n in range(2 * WRITERS)]
     await asyncio.gather(*units, database.read(statement("SELECT 1")))
     assert len(words(url)) == 4 * WRITERS
@@ -341,7 +339,7 @@ async def test_a_commit_that_nobody_answered_is_not_repeated(database: Postgresq
     execute(
         url,
         "CREATE FUNCTION die() RETURNS trigger LANGUAGE plpgsql AS "
-        "$$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NULL; END $$",
+        "$$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NULL; END $$; "
         "CREATE CONSTRAINT TRIGGER death AFTER INSERT ON words DEFERRABLE INITIALLY DEFERRED "
         "FOR EACH ROW EXECUTE FUNCTION die()",
     )
@@ -481,9 +479,6 @@ async def test_what_a_command_did_last_is_heard(url: str) -> None:
                 await command.write(say(f"{turn}.{place}"))
         await until(partial(heard_of, f"{turn}.1"), "the news of the last commit")
     await asyncio.to_thread(server.close)
-
-
-# --- closing -----------------------------------------------------------------------------------------
 
 
 async def test_closing_finishes_what_was_asked(database: PostgresqlDatabase, url: str) -> None:
