@@ -160,9 +160,11 @@ class PostgresqlDatabase(Database):
         if self._away_until:  # this unit finds out whether it is back; the others need not wait for that
             self._away_until = time.monotonic() + CONNECT_LIMIT
         for left in reversed(range(TRIES)):
-            finished = False
+            connected = finished = False
             try:
-                with engine.connect() as connection, connection.begin() as transaction:
+                with engine.connect() as connection:
+                    connected = True
+                    transaction = connection.begin()
                     result = unit.work(connection)
                     finished = True
                     transaction.commit()
@@ -172,7 +174,8 @@ class PostgresqlDatabase(Database):
                 if left and _once_more(error, finished=finished):
                     time.sleep(random.uniform(0, 0.05 * (TRIES - left)))  # noqa: S311 -- no secret
                     continue
-                away = isinstance(error, sa.exc.OperationalError) and not _sqlstate(error)
+                # A connection that broke says nothing of the server: it ends those of whoever was frozen.
+                away = not connected or isinstance(getattr(error, "orig", None), _NoAnswer)
                 self._away_until = time.monotonic() + AWAY_PAUSE if away else 0.0
                 unit.answer(None, translate(error))
                 return

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psycopg
@@ -24,6 +25,8 @@ import psycopg
 PATIENCE = 60.0  # seconds for the server to answer
 _PR_SET_PDEATHSIG = 1
 _numbers = itertools.count(1)
+# What the death signal speaks of is the thread that starts a process: this one ends with the tests.
+_starter = ThreadPoolExecutor(1, "postgres")
 
 
 def binaries() -> Path:
@@ -84,10 +87,13 @@ class Server:
         }
         options = [f"--{name.replace('_', '-')}={value}" for name, value in wanted.items()]
         log = (self._folder.parent / f"{self._folder.name}.log").open("ab")
-        self._process = subprocess.Popen(
-            [self._bin / "postgres", "-D", f"{self._folder}/data", *options],
-            user=self._user, cwd="/", stdout=log, stderr=log, preexec_fn=_die_with_parent,  # noqa: PLW1509 -- one libc call
-        )  # fmt: skip
+        command = [str(self._bin / "postgres"), "-D", f"{self._folder}/data", *options]
+        self._process = _starter.submit(
+            lambda: subprocess.Popen(
+                command, user=self._user, cwd="/", stdout=log, stderr=log,
+                preexec_fn=_die_with_parent,  # noqa: PLW1509 -- one libc call
+            )
+        ).result()  # fmt: skip
         log.close()
         deadline = time.monotonic() + PATIENCE
         while True:

@@ -177,7 +177,9 @@ def test_no_verdict_without_its_proof(
     )  # fmt: skip
     seen = [sighting for sighting in [*(listed or []), *told] if sighting.carrier_id not in bound]
     fitting = {sighting.carrier_id for sighting in seen if fits(ATTEMPT, NUMBER, sighting, ahead=ahead)}
-    of_the_day = {sighting.carrier_id for sighting in seen if fits(ATTEMPT, NUMBER, sighting, ahead=DAY)}
+    of_the_day = {
+        sighting.carrier_id for sighting in seen if fits(ATTEMPT, NUMBER, sighting, ahead=ahead + 25 * HOUR)
+    }
     match verdict:
         case Bind(carrier_id):
             assert fitting == {carrier_id}

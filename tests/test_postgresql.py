@@ -1,124 +1,31 @@
-"""The store on a PostgreSQL server: opening, units of work, servers that go away, news between gateways."""
+"""The store on a PostgreSQL server: opening, units of work, news between gateways."""
 
 import asyncio
-import contextlib
-import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import postgres
-import psycopg
 import pytest
+import servers
 import sqlalchemy as sa
 from faxes import NUMBER
 from harness import until
 from postgres import Server
+from servers import PATIENCE, WORDS, execute, gateway, say, statement, words
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.engine import Connection
 
 from gateway import migrations, postgresql
 from gateway.database import Conflict, StoreError, StoreUnavailable, Work, WrongDatabase
-from gateway.postgresql import WRITERS, PostgresqlDatabase
+from gateway.postgresql import PostgresqlDatabase
 from gateway.schema import metadata
 
-PATIENCE = 30.0  # seconds
-WORDS = sa.Table("words", sa.MetaData(), sa.Column("word", sa.String, unique=True))
-
-
-@pytest.fixture
-def url() -> Iterator[str]:
-    """Return the URL of an empty database of the gateway's, with one more table to write into."""
-    url = postgres.server().create(postgres.template())
-    execute(url, "CREATE TABLE words (word TEXT UNIQUE)")
-    yield url
-    postgres.server().drop(url)
-
-
-@pytest.fixture
-async def database(url: str) -> AsyncIterator[PostgresqlDatabase]:
-    """Return that database as one gateway has it open."""
-    database = PostgresqlDatabase(url)
-    database.open(serve=True)
-    yield database
-    await asyncio.to_thread(database.close)
-
-
-@pytest.fixture
-def nothing() -> Iterator[str]:
-    """Return the URL of a database without anything in it."""
-    url = postgres.server().create()
-    yield url
-    postgres.server().drop(url)
-
-
-@pytest.fixture(scope="module")
-def machine() -> Iterator[Server]:
-    """Return a server that a test may start and stop as it likes."""
-    server = postgres.new_server()
-    yield server
-    server.stop()
-
-
-def execute(url: str, statements: str) -> list[tuple[object, ...]]:
-    """Execute statements as somebody else; return the rows of a single one."""
-    with psycopg.connect(url, autocommit=True) as connection:
-        cursor = connection.execute(statements.encode())
-        return cursor.fetchall() if cursor.description else []
-
-
-def statement(text: str, **values: object) -> Work[None]:
-    """Make a unit of work that executes one statement."""
-    return lambda connection: connection.execute(sa.text(text), values).close()
-
-
-def say(word: str) -> Work[None]:
-    """Make a unit of work that writes a word."""
-    return lambda connection: connection.execute(WORDS.insert().values(word=word)).close()
-
-
-def words(url: str) -> set[object]:
-    """Return the words that are committed."""
-    return {word for (word,) in execute(url, "SELECT word FROM words")}
-
-
-class Bell:
-    """Counts the news."""
-
-    def __init__(self) -> None:
-        self.rung = 0
-        self._changed = threading.Condition()
-
-    def __call__(self) -> None:
-        """Take one."""
-        with self._changed:
-            self.rung += 1
-            self._changed.notify_all()
-
-    async def wait(self, rung: int, patience: float = PATIENCE) -> bool:
-        """Wait until it has been rung so often; return whether it was."""
-
-        def wait() -> bool:
-            with self._changed:
-                return self._changed.wait_for(lambda: self.rung >= rung, patience)
-
-        return await asyncio.to_thread(wait)
-
-
-@contextlib.asynccontextmanager
-async def gateway(url: str, *, serve: bool = True) -> AsyncIterator[tuple[PostgresqlDatabase, Bell]]:
-    """Open the database once more; wait until it hears the others."""
-    bell = Bell()
-    database = PostgresqlDatabase(url, bell)
-    database.open(serve=serve)
-    assert not serve or await bell.wait(1)
-    bell.rung = 0
-    try:
-        yield database, bell
-    finally:
-        await asyncio.to_thread(database.close)
+url = servers.url
+database = servers.database
+nothing = servers.nothing
+machine = servers.machine
 
 
 # --- opening -----------------------------------------------------------------------------------------
@@ -273,144 +180,6 @@ async def test_the_clock_is_the_servers(
     for ask in (database.write, database.read):
         ours, asked = await ask(look)
         assert asked - 5 < ours <= asked
-
-
-# --- trouble -----------------------------------------------------------------------------------------
-
-
-async def test_a_server_that_was_away_is_used_again(machine: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the server is away callers hear so at once; when it is back, all goes on by itself."""
-    monkeypatch.setattr(postgresql, "AWAY_PAUSE", 0.1)
-    machine.start()
-    url = machine.create()
-    async with gateway(url) as (database, bell):
-        await database.write(statement("CREATE TABLE words (word TEXT)"))
-        for place, how in enumerate((signal.SIGINT, signal.SIGQUIT)):
-            await database.write(say(f"before {place}"))
-            rung = bell.rung
-            await asyncio.to_thread(machine.stop, how)
-            began = time.monotonic()
-            units = [ask(say("lost")) for ask in (database.write, database.read) * 20]
-            outcomes = await asyncio.wait_for(asyncio.gather(*units, return_exceptions=True), PATIENCE)
-            assert {type(outcome) for outcome in outcomes} == {StoreUnavailable}
-            assert time.monotonic() - began < postgresql.CONNECT_LIMIT
-            await asyncio.to_thread(machine.start)
-            assert await bell.wait(rung + 1), "it listens again, and looks at what it may have missed"
-            await until_written(database, f"after {place}")
-        assert words(url) == {"before 0", "after 0", "before 1", "after 1"}
-    machine.stop()
-
-
-async def until_written(database: PostgresqlDatabase, word: str) -> None:
-    """Ask until the store does it."""
-    async with asyncio.timeout(PATIENCE):
-        while True:
-            try:
-                await database.write(say(word))
-            except StoreUnavailable:
-                await asyncio.sleep(0)
-            else:
-                return
-
-
-async def test_connections_that_were_cut_are_replaced(database: PostgresqlDatabase, url: str) -> None:
-    """A failover of the server, or a firewall that forgot us, costs no mail."""
-    await asyncio.gather(*(database.write(say(f"before {n}")) for n in range(2 * WRITERS)))
-    cut = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = current_database()"
-    assert execute(url, f"{cut} AND pid <> pg_backend_pid()")[0][0] != 0
-    units = [database.write(say(f"after {n}")) for n in range(2 * WRITERS)]
-    await asyncio.gather(*units, database.read(statement("SELECT 1")))
-    assert len(words(url)) == 4 * WRITERS
-    begun: list[int] = []
-
-    def cut_off(connection: Connection) -> None:
-        begun.append(connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one())
-        if len(begun) == 1:
-            execute(url, f"SELECT pg_terminate_backend({begun[0]}, 10000)")
-        say("in the middle")(connection)
-
-    await database.write(cut_off)
-    assert len(set(begun)) == 2
-    assert "in the middle" in words(url)
-
-
-async def test_a_commit_that_nobody_answered_is_not_repeated(database: PostgresqlDatabase, url: str) -> None:
-    """If the server falls silent during a commit, the caller hears that it is away: it may have happened."""
-    execute(
-        url,
-        "CREATE FUNCTION die() RETURNS trigger LANGUAGE plpgsql AS "
-        "$$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NULL; END $$; "
-        "CREATE CONSTRAINT TRIGGER death AFTER INSERT ON words DEFERRABLE INITIALLY DEFERRED "
-        "FOR EACH ROW EXECUTE FUNCTION die()",
-    )
-    begun: list[str] = []
-
-    def once(connection: Connection) -> None:
-        begun.append("")
-        say("perhaps")(connection)
-
-    with pytest.raises(StoreUnavailable, match="terminating connection"):
-        await database.write(once)
-    assert len(begun) == 1
-    execute(url, "DROP TRIGGER death ON words")
-    await database.write(say("next"))
-
-
-async def test_a_gateway_that_froze_gives_its_locks_back(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who stands still in mid-work holds up no other gateway for long, and begins anew when it wakes."""
-    monkeypatch.setitem(postgresql._LIMITS, "idle_in_transaction_session_timeout", "200ms")
-    execute(url, "INSERT INTO words VALUES ('contended')")
-    has_it, wake, begun = asyncio.Event(), threading.Event(), []
-    loop = asyncio.get_running_loop()
-
-    def freeze(connection: Connection) -> None:
-        begun.append("")
-        statement("UPDATE words SET word = word || ', frozen'")(connection)
-        loop.call_soon_threadsafe(has_it.set)
-        assert wake.wait(PATIENCE)
-        connection.exec_driver_sql("SELECT 1")
-
-    async with gateway(url) as (frozen, _), gateway(url) as (other, _):
-        freezing = frozen.write(freeze)
-        await has_it.wait()
-        await other.write(statement("UPDATE words SET word = word || ', other'"))
-        assert words(url) == {"contended, other"}
-        wake.set()
-        await freezing
-    assert words(url) == {"contended, other, frozen"}
-    assert len(begun) == 2
-
-
-async def test_nobody_waits_for_a_lock_for_ever(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A session of somebody else's that keeps a row locked costs callers one wait, not several."""
-    monkeypatch.setitem(postgresql._LIMITS, "lock_timeout", "300ms")
-    execute(url, "INSERT INTO words VALUES ('locked')")
-    async with gateway(url) as (database, _):
-        with psycopg.connect(url) as somebody:
-            somebody.execute("UPDATE words SET word = 'theirs'")
-            began = time.monotonic()
-            with pytest.raises(StoreUnavailable, match="lock timeout"):
-                await database.write(statement("UPDATE words SET word = 'ours'"))
-            assert 0.3 <= time.monotonic() - began < 1.2
-        await database.write(statement("UPDATE words SET word = word || ', then ours'"))
-    assert words(url) == {"theirs, then ours"}
-
-
-async def test_nobody_waits_for_a_thread_that_ended(url: str) -> None:
-    """Should a fault of ours ever end a thread, whoever asks hears that the store is away; and it closes."""
-    broken: list[Exception] = []
-
-    def fault() -> None:
-        raise RuntimeError("a fault of ours")
-
-    database = PostgresqlDatabase(url, fault, broken.append)
-    database.open(serve=False)
-    await database.write(say("heard"))  # answered before the news
-    await until(lambda: broken, "the end of the thread")
-    with pytest.raises(StoreUnavailable, match="closed"):
-        database.read(statement("SELECT 1"))
-    await asyncio.wait_for(asyncio.to_thread(database.close), PATIENCE)
-    assert [str(error) for error in broken] == ["a fault of ours"]
 
 
 # --- news --------------------------------------------------------------------------------------------
