@@ -34,6 +34,7 @@ from gateway.fax_steps import (
     never_arrives,
     perhaps_twice,
     requeue,
+    wait_after_loss,
     with_attempt,
 )
 from gateway.reasons import Kind
@@ -196,7 +197,8 @@ def _absent(fax: Fax, event: Absent, now: float, rules: Rules) -> Step:
     attempt = fax.attempt(event.attempt_id)
     if not doubtful(fax, attempt):
         return Step(fax)
-    onward = requeue(with_attempt(fax, closed(attempt, End.ABSENT, now)), now, now)
+    fax = with_attempt(fax, closed(attempt, End.ABSENT, now))
+    onward = requeue(fax, now + wait_after_loss(fax, attempt), now)
     if onward.fax.state is State.QUEUED and never_arrives(onward.fax):
         detail = "call after call was lost on its way to the carrier"
         return _set_aside(onward.fax, SetAside(HeldFor.HARMFUL, detail), now, rules)
@@ -282,6 +284,8 @@ def _failed(fax: Fax, attempt: Attempt, report: Report, now: float, rules: Rules
     fax = with_attempt(fax, closed(attempt, End.FAILED, now, report=report))
     if fax.final or fax.open_attempts:
         return Step(fax)
+    if fax.held_for is HeldFor.RESTORED and not (fax.cancel_asked or arrived(fax)):
+        return Step(fax)  # it may have been called again since, which only a person finds out
     return _after_failure(fax, attempt, report.reason, now, rules)
 
 

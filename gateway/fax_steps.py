@@ -9,6 +9,7 @@ Fails: never.
 """
 
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from gateway import reasons
 from gateway.records import (
@@ -28,6 +29,9 @@ from gateway.records import (
 
 LOST_IN_A_ROW = 5
 """Calls that were proved absent, one after the other, until a person is asked."""
+
+APART = 10.0
+"""Seconds between calls that come back after they were lost together, and not for the first time."""
 
 
 class Misfit(ValueError):
@@ -59,8 +63,20 @@ def arrived(fax: Fax) -> bool:
 
 def never_arrives(fax: Fax) -> bool:
     """Whether the newest calls were all lost on their way, as when the gateway falls over each of them."""
-    newest = fax.attempts[-LOST_IN_A_ROW:]
-    return len(newest) == LOST_IN_A_ROW and all(attempt.end is End.ABSENT for attempt in newest)
+    return _lost_in_a_row(fax) >= LOST_IN_A_ROW
+
+
+def wait_after_loss(fax: Fax, lost: Attempt) -> float:
+    """Return the seconds after which a fax may be called again whose newest call, `lost`, did not arrive.
+
+    Calls that were under way together were lost together, whichever of them the gateway fell over, and would
+    be again. Each had a channel of its own.
+    """
+    return APART * (lost.slot or 0) if _lost_in_a_row(fax) > 1 else 0.0
+
+
+def _lost_in_a_row(fax: Fax) -> int:
+    return len(list(takewhile(lambda attempt: attempt.end is End.ABSENT, reversed(fax.attempts))))
 
 
 def with_attempt(fax: Fax, changed: Attempt) -> Fax:

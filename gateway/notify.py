@@ -117,6 +117,7 @@ class _Sender:
         self._give_up_after = give_up_after
         self._count = count
         self._tasks: set[asyncio.Task[None]] = set()
+        self._alone: asyncio.Task[None] | None = None  # no other mail begins before it is done
         self._away_at: float | None = None  # when the relay was last found away
         self._taken: set[str] = set()  # the relay took these, and the store could not be told
 
@@ -128,7 +129,7 @@ class _Sender:
     @property
     def full(self) -> bool:
         """Whether no mail can begin before another one is done."""
-        return len(self._tasks) >= self._most
+        return len(self._tasks) >= self._most or self._alone in self._tasks
 
     async def any_done(self) -> None:
         """Return when a mail on its way is done."""
@@ -148,7 +149,8 @@ class _Sender:
             log.exception("task_failed", task="notify")
             return STORE_PAUSE
         for entry in entries:
-            task = asyncio.create_task(self._treat(entry))
+            task = asyncio.create_task(self._treat(entry, set(self._tasks) if entry.alone else set()))
+            self._alone = task if entry.alone else None
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         return LOOK_EVERY
@@ -164,9 +166,11 @@ class _Sender:
                 task.cancel()
             await asyncio.gather(*left, return_exceptions=True)
 
-    async def _treat(self, entry: OutboxEntry) -> None:
-        """Do all that is to be done with one mail, and outlive whatever happens."""
+    async def _treat(self, entry: OutboxEntry, before: set[asyncio.Task[None]]) -> None:
+        """Do all that is to be done with one mail, after those `before` it, and outlive whatever happens."""
         try:
+            if before:
+                await asyncio.wait(before)
             await self._deliver(entry)
         except asyncio.CancelledError:  # told to stop at once: it was not this mail that ended the gateway
             with contextlib.suppress(StoreError):

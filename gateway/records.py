@@ -419,6 +419,7 @@ class OutboxEntry:
     queued_at: float
     tries: int
     fence: int  # the claim's number; only its holder may record what became of the mail
+    alone: bool = False  # the gateway may have fallen over it: no other mail beside it
     notice: Notice | None = None
     fax: Fax | None = None
     mail: ReceivedMail | None = None

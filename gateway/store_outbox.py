@@ -18,7 +18,7 @@ from sqlalchemy.engine import Row
 from gateway import schema as s
 from gateway.records import Alert, Notice, OutboxEntry, ReceivedMail
 from gateway.store_apply import alert, load
-from gateway.store_unit import Unit
+from gateway.store_unit import Unit, suspects_apart
 
 NOTICE_LEASE = 300.0  # seconds for one mail to be composed and handed over
 
@@ -57,9 +57,12 @@ def claim_notices(unit: Unit, most: int) -> list[OutboxEntry]:
     """Return mails that are due, leased to the caller.
 
     A "still trying" that its end overtook is dropped; one that the gateway fell over each time is given up.
+    One that was in somebody's hands when the gateway came to an end comes by itself, to be sent `alone`:
+    should it be to blame, it shall not drag others along.
     """
     due = []
-    for row in unit.connection.execute(_DUE, {"now": unit.now, "most": most}).all():
+    rows = unit.connection.execute(_DUE, {"now": unit.now, "most": most}).all()
+    for row in suspects_apart(rows, lambda row: row.fence > row.tries):
         unit.connection.execute(_LEASE, {"entry_id": row.id, "until": unit.now + NOTICE_LEASE})
         if row.fence - row.tries >= HARMFUL_AFTER:
             given_up(unit, row.id, row.fence + 1, "the gateway came to an end each time it worked on it")
@@ -79,7 +82,7 @@ def claim_notices(unit: Unit, most: int) -> list[OutboxEntry]:
 
 
 def _entry(unit: Unit, row: Row[Any]) -> OutboxEntry:
-    entry = OutboxEntry(row.id, row.recipient, row.queued_at, row.tries, row.fence + 1)
+    entry = OutboxEntry(row.id, row.recipient, row.queued_at, row.tries, row.fence + 1, row.fence > row.tries)
     payload: bytes = row.payload or b""
     if row.fax_id is None:
         if row.cause is None:

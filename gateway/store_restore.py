@@ -3,8 +3,9 @@
 In charge of: the brake that keeps everything waiting until the carrier was asked what happened since the
 backup was made, and setting aside what may have been sent in that time.
 
-Promises: while the brake stands nothing is called, through restarts too. A waiting fax goes on only if the
-carrier has no fax to its number that the database does not know; else a person decides.
+Promises: while the brake stands nothing is called, through restarts too. A fax goes on by itself only if the
+carrier has no fax to its number that the database does not know; else a person decides. That holds for open
+calls, too: what the backup knows as one call may have ended and been followed by others.
 
 Fails: like `apply`.
 """
@@ -15,7 +16,7 @@ import sqlalchemy as sa
 
 from gateway import schema as s
 from gateway.doubt import Sighting
-from gateway.records import HeldFor, Proof, SetAside, State
+from gateway.records import HeldFor, Proof, SetAside
 from gateway.store_apply import apply
 from gateway.store_unit import Unit, upsert
 from gateway.store_work import bound_ids
@@ -26,10 +27,8 @@ _LAST_CHANGE = sa.select(s.history.c.at).order_by(s.history.c.id.desc()).limit(1
 _LAST_MAIL = sa.select(sa.func.max(s.mails.c.received_at))
 _STANDING = sa.select(s.brakes.c.since).where(s.brakes.c.kind == "restore")
 _END = s.brakes.delete().where(s.brakes.c.kind == "restore")
-_WAITING = (
-    sa.select(s.faxes.c.id, s.faxes.c.number)
-    .where(s.faxes.c.ended_at.is_(None), s.faxes.c.state.in_([State.QUEUED.value, State.HELD.value]))
-    .where(s.faxes.c.number.in_(sa.bindparam("numbers", expanding=True)))
+_UNFINISHED = sa.select(s.faxes.c.id, s.faxes.c.number).where(
+    s.faxes.c.ended_at.is_(None), s.faxes.c.number.in_(sa.bindparam("numbers", expanding=True))
 )
 
 
@@ -55,17 +54,17 @@ def restoring(unit: Unit) -> tuple[float, float] | None:
 
 
 def end_restore(unit: Unit, sent: Sequence[Sighting]) -> int:
-    """Set aside the waiting faxes to whose numbers the carrier has one that is nobody's; return how many."""
+    """Set aside the faxes to whose numbers the carrier has one that is nobody's; return how many."""
     known = bound_ids(unit, [sighting.carrier_id for sighting in sent])
     unknown = {sighting.to_number: sighting for sighting in sent if sighting.carrier_id not in known}
     numbers = sorted(unknown)
-    waiting: list[tuple[str, str]] = []
+    unfinished: list[tuple[str, str]] = []
     for start in range(0, len(numbers), _NUMBERS_AT_ONCE):
         part = {"numbers": numbers[start : start + _NUMBERS_AT_ONCE]}
-        waiting += [(row.id, row.number) for row in unit.connection.execute(_WAITING, part)]
-    for fax_id, number in waiting:
+        unfinished += [(row.id, row.number) for row in unit.connection.execute(_UNFINISHED, part)]
+    for fax_id, number in unfinished:
         carrier_id = unknown[number].carrier_id
         detail = f"the carrier has a fax to the number that the backup does not know: {carrier_id}"
         apply(unit, fax_id, SetAside(HeldFor.RESTORED, detail))
     unit.connection.execute(_END)
-    return len(waiting)
+    return len(unfinished)

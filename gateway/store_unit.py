@@ -1,15 +1,17 @@
 """One unit of work, as the store's verbs see it.
 
 In charge of: the connection with its time, the news that a unit leaves behind, the turns that several
-gateways take, and the one statement that the databases spell apart.
+gateways take, who is claimed apart from others, and the one statement that the databases spell apart.
 
 Promises: one time for all that a unit does.
 
 Fails: like the database.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import takewhile
 from typing import Any
 
 import sqlalchemy as sa
@@ -62,6 +64,14 @@ def take_turn(unit: Unit, turn: Turn) -> None:
 
 _TURNS_OF_THE_STORE = 0x666178  # the class of its advisory locks, for other programs keep off
 _TAKE_TURN = sa.select(sa.func.pg_advisory_xact_lock(sa.bindparam("of"), sa.bindparam("turn")))
+
+
+def suspects_apart(rows: Sequence[Any], suspect: Callable[[Any], bool]) -> Sequence[Any]:
+    """Return the first row alone if the gateway may have fallen over it, else those before such a one."""
+    if rows and suspect(rows[0]):
+        return rows[:1]
+    return list(takewhile(lambda row: not suspect(row), rows))
+
 
 News = Change | Alert | Brake
 """What the log and the metrics hear of after the commit."""

@@ -35,7 +35,7 @@ from gateway.store_apply import (
 from gateway.store_brakes import standing_brakes
 from gateway.store_events import NAMELESS, read_sighting
 from gateway.store_outbox import PENDING
-from gateway.store_unit import Turn, Unit, take_turn, upsert
+from gateway.store_unit import Turn, Unit, suspects_apart, take_turn, upsert
 
 QUESTION_LEASE = 60.0  # seconds that one gateway has to ask the carrier about a fax
 HARMFUL_AFTER = 5  # questions, or mails about a fax, that the gateway did not live through
@@ -117,12 +117,22 @@ def claim_call(unit: Unit, settings: CallSettings) -> Fax | None:
 
 # --- questions -------------------------------------------------------------------------------------
 
+_UNDER_WAY = (
+    sa.exists()
+    .where(s.attempts.c.fax_id == s.faxes.c.id, s.attempts.c.open.is_(True))
+    .where(s.attempts.c.carrier_id.is_not(None))
+    .correlate(s.faxes)
+)
 _QUESTIONS = (
     sa.select(s.faxes.c.id, s.faxes.c.asks)
     .where(
         s.faxes.c.ended_at.is_(None),
         s.faxes.c.state.in_([State.IN_DOUBT.value, State.SENDING.value, State.HELD.value]),
-        sa.or_(s.faxes.c.state != State.HELD.value, s.faxes.c.held_for == HeldFor.STUCK.value),
+        sa.or_(
+            s.faxes.c.state != State.HELD.value,
+            s.faxes.c.held_for == HeldFor.STUCK.value,
+            sa.and_(s.faxes.c.held_for == HeldFor.RESTORED.value, _UNDER_WAY),
+        ),
         s.faxes.c.due_at <= sa.bindparam("now"),
         s.faxes.c.lease_until <= sa.bindparam("now"),
     )
@@ -141,11 +151,12 @@ _ASKED = s.faxes.update().where(s.faxes.c.id == sa.bindparam("fax_id")).values(a
 def claim_questions(unit: Unit, most: int) -> list[Fax]:
     """Return faxes that the carrier is to be asked about now, leased to the caller for a minute.
 
-    One whose questions nobody came back from, time and again, is set aside instead.
+    One whose questions nobody came back from, time and again, is set aside instead. Until then it comes by
+    itself: should it be to blame, it shall not drag others along.
     """
     rows = unit.connection.execute(_QUESTIONS, {"now": unit.now, "most": most}).all()
     claimed = []
-    for row in rows:
+    for row in suspects_apart(rows, lambda row: row.asks > 0):
         if row.asks >= HARMFUL_AFTER:
             apply(
                 unit,

@@ -107,9 +107,9 @@ class Walk:
         """Let the event that `maker` makes of the fax happen."""
         return self.do(maker(self.fax), after)
 
-    def begin(self, after: float = 1.0) -> Self:
-        """Claim the fax: the intent is written."""
-        return self.do(Begun(intent(self.fax, self.now + after)), after)
+    def begin(self, after: float = 1.0, slot: int = 0) -> Self:
+        """Claim the fax for a channel: the intent is written."""
+        return self.do(Begun(replace(intent(self.fax, self.now + after), slot=slot)), after)
 
     def call(self, after: float = 1.0) -> Self:
         """Claim the fax, and the carrier takes it."""

@@ -18,6 +18,7 @@ from typing import Any
 from aiosmtpd.smtp import SMTP, Envelope
 from aiosmtpd.smtp import Session as Peer
 from papers import paper
+from ports import free_port
 
 from gateway.sandbox import OnStep, Sandbox, SandboxOptions
 
@@ -44,7 +45,7 @@ class Mailbox:
     mails: list[EmailMessage] = field(default_factory=list)
     envelopes: list[tuple[str, list[str]]] = field(default_factory=list)
     answer: Callable[[str], str] = field(default=lambda _recipient: "250 2.0.0 taken")
-    port: int = 0
+    port: int = field(default_factory=free_port)
     _server: asyncio.Server | None = None
 
     async def handle_RCPT(  # noqa: N802 -- aiosmtpd's name
@@ -64,12 +65,11 @@ class Mailbox:
         return "250 2.0.0 taken"
 
     async def open(self) -> None:
-        """Listen, on the same port as before if there was one."""
+        """Listen, after `close` on the same port as before."""
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
             lambda: SMTP(self, enable_SMTPUTF8=True, loop=loop), "127.0.0.1", self.port
         )
-        self.port = self._server.sockets[0].getsockname()[1]
 
     async def close(self) -> None:
         """Stop listening: the relay is away."""
@@ -161,7 +161,10 @@ class Gateway:
         self.config.chmod(0o640)
 
     async def start(self) -> None:
-        """Start the daemon and return when it says that it is ready."""
+        """Start the daemon and return when it says that it is ready, after a restart on the same ports."""
+        for section in (self.settings["smtp"], self.settings["http"]):
+            if section["listen"] == "127.0.0.1:0":
+                section["listen"] = f"127.0.0.1:{free_port()}"
         self.write_config()
         self.log.clear()
         self._process = await asyncio.create_subprocess_exec(
@@ -172,12 +175,8 @@ class Gateway:
         self._readers = [asyncio.create_task(self._read_log()), asyncio.create_task(self._read_stderr())]
         ready = await until(lambda: self.said("ready") or self._ended(), "the gateway to be ready")
         assert ready is not True, f"the gateway ended at once: {self.stderr}"
-        # The same ports after a restart, as in life.
         self.smtp_port = int(ready[0]["smtp"][0].rpartition(":")[2])
         self.http_port = int(ready[0]["http"].rpartition(":")[2])
-        self.settings["smtp"]["listen"] = f"127.0.0.1:{self.smtp_port}"
-        self.settings["http"]["listen"] = f"127.0.0.1:{self.http_port}"
-        self.write_config()  # for the operators' commands, too
 
     def _environment(self) -> dict[str, str]:
         wanted = ("PATH", "HOME", "COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG", "COVERAGE_FILE")

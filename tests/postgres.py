@@ -13,7 +13,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -21,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psycopg
+from ports import free_port
 
 PATIENCE = 60.0  # seconds for the server to answer
 _PR_SET_PDEATHSIG = 1
@@ -62,7 +62,7 @@ class Server:
         folder.mkdir(mode=0o700)
         if self._user is not None:
             os.chown(folder, self._user, -1)
-        self.port = _free_port()
+        self.port = free_port()
         self._run(
             "initdb", "--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C", "--no-sync"
         )
@@ -151,12 +151,6 @@ class Server:
 def _first_user(*names: str) -> int:
     known = {entry.pw_name: entry.pw_uid for entry in pwd.getpwall()}
     return next(known[name] for name in names if name in known)
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def new_server(**settings: str) -> Server:

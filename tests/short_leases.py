@@ -44,6 +44,7 @@ def shorten() -> None:
     dispatch._SWEEP_EVERY = 2.0
     # After a 429 the whole queue stands still, for minutes after the second one.
     store_brakes._BRAKE_WAITS = {"pause": (1.0, 2.0), "hold": (1.0, 2.0)}
+    fax_steps.APART = 0.2
     # Calls whose webhooks are lost are found by asking.
     wiring.POLL_PAGE = 0.0
     _give(wiring, "Rules", poll_longest=4.0, reason_wait=2.0)

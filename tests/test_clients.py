@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import smtplib
-import socket
 import tempfile
 from collections.abc import AsyncIterator
 from email.message import EmailMessage
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 from harness import SENDER, World, letter, until, world
 from papers import locked, paper
+from ports import free_port
 
 PAGES = ("README.md", "docs/mail-servers.md")
 """The pages that show the lines for Postfix: they are run here as they stand there."""
@@ -144,13 +144,6 @@ def documented(page: str, file: str) -> str:
     text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8")
     (block,) = re.findall(rf"<!-- postfix-{re.escape(file)} -->\n```\n(.*?)```", text, re.DOTALL)
     return str(block)
-
-
-def free_port() -> int:
-    """Return a port on loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def set_up(w: World, page: str, networks: str | None, port: int) -> Path:

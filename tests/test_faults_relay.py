@@ -1,13 +1,13 @@
 """A relay that is away for hours, or refuses one recipient for ever."""
 
 import asyncio
-import socket
 from pathlib import Path
 
 import stores
 from harness import letter, numbers, program_after, until, words, world
 from letters import LETTERHEAD
 from outboxes import GIVE_UP_AFTER
+from ports import free_port
 from relays import TestRelay, serving
 from stores import TriedStore, newest
 
@@ -47,9 +47,7 @@ async def test_a_relay_that_is_down_and_comes_back(tmp_path: Path) -> None:
 async def test_a_relay_that_is_down_for_six_hours(sqlite_store: TriedStore) -> None:
     """It is tried by one mail at a time and not stormed; when it is back each reply goes out once."""
     store, bell = sqlite_store, Bell()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ends = []
     for place in range(10):
         fax = await store.called(f"c{place}", f"+1312555{place:04}")

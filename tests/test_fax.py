@@ -38,7 +38,7 @@ from faxes import (
     withdrawn,
 )
 
-from gateway.fax_steps import LOST_IN_A_ROW, Misfit
+from gateway.fax_steps import APART, LOST_IN_A_ROW, Misfit
 from gateway.records import (
     Alert,
     Blame,
@@ -426,6 +426,19 @@ def test_call_after_call_lost_is_held() -> None:
     assert (walk.fax.held_for, walk.notices) == (HeldFor.HARMFUL, [Notice.DELAYED])
     assert walk.effect(Alert) is not None
     assert walk.make(RELEASE).begin().make(doubted()).make(absent()).fax.state is State.HELD, "one more try"
+
+
+def test_calls_lost_together_come_back_apart() -> None:
+    """After a first loss a fax is called at once; after another one each channel's has a time of its own."""
+    waits = set()
+    for slot in range(3):
+        walk = Walk()
+        for lost_calls in (1, 2):
+            walk.begin(slot=slot).make(doubted()).make(absent())
+            if lost_calls == 1:
+                assert walk.fax.due_at == walk.now
+        waits.add(walk.fax.due_at - walk.now)
+    assert waits == {0.0, APART, 2 * APART}
 
 
 def test_calls_lost_now_and_then_are_not_held() -> None:

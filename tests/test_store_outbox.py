@@ -131,6 +131,20 @@ async def test_a_mail_that_the_gateway_falls_over_is_given_up(store: TriedStore)
     assert (await store.show(fax.id)).replies == (("delivered", fate),)
 
 
+async def test_what_was_in_hand_at_a_crash_goes_out_one_by_one(store: TriedStore) -> None:
+    """Of those that a dying gateway had in its hands one may be to blame: it takes no other along again."""
+    for recipient in ("a", "b"):
+        await due(store, recipient)
+    assert [entry.alone for entry in await store.claim_notices(4)] == [False, False]
+    store.clock.now += NOTICE_LEASE + 1
+    for recipient in ("c", "d"):
+        await due(store, recipient)
+    claims = [await store.claim_notices(4) for _ in range(3)]
+    assert [[(entry.recipient, entry.alone) for entry in claim] for claim in claims] == [
+        [("a", True)], [("b", True)], [("c", False), ("d", False)],
+    ]  # fmt: skip
+
+
 async def test_a_mail_put_off_in_good_order_is_never_given_up_for_that(store: TriedStore) -> None:
     """However often the relay was away, or the gateway was stopped, it counts as no harm."""
     await due(store, "somebody")

@@ -357,6 +357,18 @@ async def test_the_longest_due_is_asked_about_first(store: TriedStore) -> None:
     assert [fax.id for fax in await store.claim_questions(2)] == [faxes[1].id]
 
 
+async def test_what_was_asked_about_at_a_crash_comes_one_by_one(store: TriedStore) -> None:
+    """Of the questions that a dying gateway had begun one may be to blame: no other is begun beside it."""
+    await store.mail_in(*numbers(3))
+    faxes = [await store.taken(await store.claimed(MANY), f"c{n}") for n in range(3)]
+    store.clock.now += HOUR
+    begun = [fax.id for fax in await store.claim_questions(2)]
+    store.clock.now += QUESTION_LEASE
+    assert [[fax.id for fax in await store.claim_questions(9)] for _ in range(3)] == [
+        begun[:1], begun[1:], [fax.id for fax in faxes if fax.id not in begun],
+    ]  # fmt: skip
+
+
 async def test_of_the_held_only_a_stuck_call_is_asked_about(store: TriedStore) -> None:
     """A call that never ended is asked to cancel; what waits for a person is left to the person."""
     stuck = await store.called("c1")

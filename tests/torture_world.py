@@ -1,15 +1,13 @@
 """The world of a crash run: everything that runs, made and wired, and ended again."""
 
 import asyncio
-import contextlib
-import random
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import short_leases
 from harness import QUICK
+from ports import free_port
 from postgres import Server
 from torture_deeds import (
     Executioner,
@@ -19,15 +17,6 @@ from torture_deeds import (
 )
 from torture_peers import Balancer, Carrier, Relay
 from torture_verdict import Reply
-
-
-def _port(chance: random.Random) -> int:
-    """Find a port that no outgoing connection will be given while its gateway is down."""
-    while True:
-        port = chance.randrange(10000, 30000)
-        with socket.socket() as tried, contextlib.suppress(OSError):
-            tried.bind(("127.0.0.1", port))
-            return port
 
 
 class World:
@@ -48,7 +37,6 @@ class World:
         self.answered: set[str] = set()  # numbers, by a final reply
         self.storage = Storage(folder, server)
         self.carrier = Carrier(script)
-        self._chance = random.Random(f"{seed} ports")  # noqa: S311
         self.gateways = [self._gateway(f"gateway-{place}") for place in range(1, gateways + 1)]
         self.executioner = Executioner(seed, self.gateways, self.storage, self.figures, pause)
         self.carrier.executioner = self.executioner
@@ -60,7 +48,7 @@ class World:
         folder = self.folder / name
         folder.mkdir()
         settings = {section: dict(keys) for section, keys in QUICK.items()}
-        ports = (_port(self._chance), _port(self._chance))
+        ports = (free_port(), free_port())
         settings["smtp"] |= {
             "listen": f"127.0.0.1:{ports[0]}", "max_connections_per_host": 100, "hostname": "fax.example.com",
         }  # fmt: skip
