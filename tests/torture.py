@@ -28,7 +28,7 @@ from torture_verdict import Ledgers, Mailed, Stored, Verdict, judge
 from torture_world import World
 
 GATEWAYS = {"sqlite": 1, "postgresql": 2}
-PAUSE = {"sqlite": 1.6, "postgresql": 2.2}  # seconds between two deeds on average
+PAUSE = {"sqlite": 1.6, "postgresql": 1.8}  # seconds between two deeds on average
 MOST_OPEN = 400  # faxes on their way at a time
 SETTLE_LIMIT = 180.0  # seconds for everything to end, once nothing is killed any more
 LONGEST = 2.0  # times the minutes, and a minute, when the targets are not reached before
