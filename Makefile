@@ -23,7 +23,7 @@ COVERAGE = 95
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo test torture lint check lock install uninstall anew \
+.PHONY: help demo test torture bench lint check lock install uninstall anew \
 	install-check install-program install-command install-account install-configuration install-unit
 
 help:
@@ -32,6 +32,8 @@ help:
 	@echo 'make test             all tests, and the share of gateway/ that they run through'
 	@echo 'make torture          the gateway under a stream of mails, killed all the time; then what was lost or doubled'
 	@echo '                      (SEED= MINUTES= FAXES= KILLS= STORE=sqlite or postgresql; HELP=1 tells more)'
+	@echo 'make bench            the gateway measured beside Postfix and others, into docs/performance.md: about 25 minutes'
+	@echo '                      (ONLY=door,way QUICK=1 SCRATCH=FOLDER; HELP=1 tells more)'
 	@echo 'make lint             style (ruff) and types (mypy)'
 	@echo 'make check            lint, then test'
 	@echo 'make lock             writes the lock files anew from pyproject.toml (UPGRADE=1: with the newest versions)'
@@ -53,6 +55,11 @@ torture: .venv/ready
 	@.venv/bin/python tests/torture.py $(if $(filter-out 0,$(HELP)),--help) $(if $(SEED),--seed $(SEED)) \
 		$(if $(MINUTES),--minutes $(MINUTES)) $(if $(STORE),--store $(STORE)) \
 		$(if $(FAXES),--faxes $(FAXES)) $(if $(KILLS),--kills $(KILLS))
+
+# The tests' own PostgreSQL, sample documents and ports serve here, too.
+bench: .venv/ready
+	@PYTHONPATH=tests .venv/bin/python benchmarks/bench.py $(if $(filter-out 0,$(HELP)),--help) $(if $(ONLY),--only $(ONLY)) \
+		$(if $(filter-out 0,$(QUICK)),--quick) $(if $(SCRATCH),--scratch $(SCRATCH))
 
 lint: .venv/ready
 	@echo 'Checking the style: ruff check'

@@ -18,6 +18,7 @@ Doors and loops; they never import each other
 
 What they use
     address           recipient to E.164; may this sender dial this number
+    smtp_data         the octets of a mail, from the network into a file, up to its end
     prepare           what a child process does to one mail
     store             the verbs over what is stored: store_intake (mail in), store_work (what is due),
                       store_events (the carrier's), store_apply (the one door through which a fax changes),

@@ -1,13 +1,13 @@
 """What a child process does to one mail, and the daemon's side of the call.
 
-In charge of the way of a mail from the bytes after DATA to the finished document: `Preparer` puts the mail
-into a private file and asks a child, which runs `message` and then `document` on it and writes the result
-into a second file; nothing large goes through the pipe.
+In charge of the way of a mail from the octets after DATA to the finished document: `Preparer` gives a
+private file to receive the mail into and asks a child, which runs `message` and then `document` on it and
+writes the result into a second file; nothing large goes through the pipe.
 
-Promises: the files exist with mode 0600 in a folder of the gateway's own for as long as the call takes, and
-the document until `Prepared.discard`; every way out removes them, and `sweep` removes what a killed daemon
-left. One picture is drawn at a time: with two children or more, pages that are slow to draw never keep a mail
-waiting. The child is run as `python -I -m gateway.prepare`.
+Promises: the files exist with mode 0600 in a folder of the gateway's own, the mail until `Received.discard`
+and the document until `Prepared.discard`; every way out removes them, and `sweep` removes what a killed
+daemon left. One picture is drawn at a time: with two children or more, pages that are slow to draw never keep
+a mail waiting. The child is run as `python -I -m gateway.prepare`.
 """
 
 import asyncio
@@ -66,6 +66,35 @@ class Prepared:
         self.document.unlink(missing_ok=True)
 
 
+class Received:
+    """A mail in a file of its own, while it comes in and until it is stored; a context, or call `discard`."""
+
+    def __init__(self, handle: int, path: Path) -> None:
+        self.file: BinaryIO = os.fdopen(handle, "wb")
+        self.path = path
+
+    @property
+    def size(self) -> int:
+        """How many octets were written and flushed."""
+        return self.path.stat().st_size
+
+    def __enter__(self) -> Self:
+        """Return this."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Discard the file."""
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the file, whatever is still to be written to it."""
+        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the disk is full: what could not be written is not wanted
+            self.file.close()
+
+
 class Preparer:
     """Has mails prepared and pictures drawn by the children of `pool`, by way of files in `folder`."""
 
@@ -87,8 +116,15 @@ class Preparer:
         for leftover in self._folder.glob(_PREFIX + "*"):
             leftover.unlink(missing_ok=True)
 
-    async def mail(self, raw: bytes) -> Prepared:
-        """Return the document that the mail `raw` asks for.
+    def receive(self) -> Received:
+        """Return an empty file for a mail to come. Raises OSError."""
+        with contextlib.ExitStack() as files:
+            received = Received(*self._file(files))
+            files.pop_all()
+            return received
+
+    async def mail(self, received: Received) -> Prepared:
+        """Return the document that the mail asks for.
 
         Raises MailRefused with the answer for the sender; ChildFailed when the mail could not be examined, be
         it the machine's trouble or a document that hangs, bursts or kills its child: nobody can tell at the
@@ -97,8 +133,10 @@ class Preparer:
         """
         with contextlib.ExitStack() as files:
             made = self._empty_file(files)
-            job = {"max_pages": self._max_pages, "max_size": self._max_size, "out": str(made)}
-            answer = await self._ask("mail", raw, job)
+            answer = await self._pool.run({
+                "do": "mail", "path": str(received.path), "out": str(made),
+                "max_pages": self._max_pages, "max_size": self._max_size,
+            })  # fmt: skip
             try:
                 if "refused" in answer:
                     raise MailRefused(**answer["refused"])
@@ -127,21 +165,17 @@ class Preparer:
     async def _drawn(self, pdf: bytes) -> bytes | None:
         with contextlib.ExitStack() as files:
             made = self._empty_file(files)
+            handle, given = self._file(files)
+            # Opened here and only written in the thread: if this is cancelled meanwhile, no file is left
+            # behind.
+            await asyncio.to_thread(_write, os.fdopen(handle, "wb"), pdf)
             try:
-                await self._ask("picture", pdf, {"out": str(made)})
+                await self._pool.run({"do": "picture", "path": str(given), "out": str(made)})
             except ChildFailed as failure:
                 if failure.reason != "fault":
                     raise
                 return None
             return made.read_bytes()
-
-    async def _ask(self, do: str, data: bytes, job: Json) -> Json:
-        with contextlib.ExitStack() as files:
-            handle, received = self._file(files)
-            # Opened here and only written in the thread: if this is cancelled meanwhile, no file is left
-            # behind.
-            await asyncio.to_thread(_write, os.fdopen(handle, "wb"), data)
-            return await self._pool.run({"do": do, "path": str(received)} | job)
 
     def _file(self, files: contextlib.ExitStack) -> tuple[int, Path]:
         """Make an empty private file that `files` removes; return it open for writing, and its path."""

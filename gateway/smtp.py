@@ -27,7 +27,7 @@ from gateway.database import StoreError, StoreFull
 from gateway.log import get_logger
 from gateway.message import MAX_HOPS, MailRefused
 from gateway.metrics import Metrics
-from gateway.prepare import Prepared, Preparer
+from gateway.prepare import Prepared, Preparer, Received
 from gateway.records import ReceivedMail
 from gateway.relay import RelayRefused, check_recipient
 from gateway.smtp_session import MailEnvelope, Sessions, SmtpSession
@@ -146,28 +146,34 @@ class MailDoor:
         self._metrics.mail("failed")
         return "451 4.3.2 too much to do here; try again later"
 
-    async def handle_DATA(self, server: SmtpSession, session: Peer, envelope: MailEnvelope) -> str:  # noqa: N802
+    def receive(self) -> Received:
+        """Return a file for a mail that comes. Raises OSError."""
+        return self._preparer.receive()
+
+    def unwritten(self, session: Peer, envelope: MailEnvelope, error: OSError) -> str:
+        """Return the answer for a mail that could not be written down."""
+        return self._unavailable(error, time.monotonic(), {"peer": _host(session), "sender": envelope.sender})
+
+    async def take(self, session: Peer, envelope: MailEnvelope, received: Received) -> str:
         """Take the mail. The work goes on to its end even if the client leaves."""
-        server.begin_answer()
-        task = asyncio.create_task(self._take(session, envelope), name="accept")
+        task = asyncio.create_task(self._take(session, envelope, received), name="accept")
         self.accepting.add(task)
         task.add_done_callback(self.accepting.discard)
         return await asyncio.shield(task)
 
-    async def _take(self, session: Peer, envelope: MailEnvelope) -> str:
+    async def _take(self, session: Peer, envelope: MailEnvelope, received: Received) -> str:
         begun = time.monotonic()
         about = {"peer": _host(session), "sender": envelope.sender}
         try:
-            accepted = await self._accept(session, envelope)
+            with received:
+                accepted = await self._accept(session, envelope, received)
         except MailRefused as refusal:
             answer = f"{refusal.code} {refusal.status} {refusal.text}"
             log.info("mail_refused", answer=answer[:9], cause=refusal.log, **about)
             self._metrics.mail("refused", time.monotonic() - begun)
             return answer
         except (ChildFailed, StoreError, OSError) as error:
-            full = isinstance(error, StoreFull) or getattr(error, "errno", None) in _NO_SPACE
-            answer = _FULL if full else "451 4.3.0 the mail could not be examined now; try again later"
-            return self._failed(answer, error, begun, about)
+            return self._unavailable(error, begun, about)
         seconds = round(time.monotonic() - begun, 3)
         if accepted.repeated:
             self._metrics.mail("duplicate", seconds)
@@ -178,19 +184,20 @@ class MailDoor:
             log.info("mail_accepted", mail=accepted.mail_id, faxes=faxes, seconds=seconds, **about)
         return f"250 2.0.0 queued as {accepted.mail_id}"
 
-    def _failed(self, answer: str, error: Exception, begun: float, about: dict[str, str]) -> str:
+    def _unavailable(self, error: Exception, begun: float, about: dict[str, str]) -> str:
+        full = isinstance(error, StoreFull) or getattr(error, "errno", None) in _NO_SPACE
+        answer = _FULL if full else "451 4.3.0 the mail could not be examined now; try again later"
         log.error("mail_failed", answer=answer[:9], error=f"{type(error).__name__}: {error}", **about)
         self._metrics.mail("failed", time.monotonic() - begun)
         return answer
 
-    async def _accept(self, session: Peer, envelope: MailEnvelope) -> Accepted:
+    async def _accept(self, session: Peer, envelope: MailEnvelope, received: Received) -> Accepted:
         """Examine and store the mail. Raises MailRefused, ChildFailed, StoreError, OSError."""
-        raw = envelope.original_content or b""
-        forward = self._forwarded(session, raw) if envelope.postmaster else None
+        forward = await self._forwarded(session, received) if envelope.postmaster else None
         if not envelope.numbers:
             mail = ReceivedMail("", envelope.sender, 0.0)
             return await self._store.accept(Submission(mail, "", (), forward=forward), self._duplicate_window)
-        with await self._prepare(raw) as prepared:
+        with await self._prepare(received) as prepared:
             paper = await self._paper(prepared)
             submission = Submission(
                 mail=ReceivedMail(
@@ -206,10 +213,10 @@ class MailDoor:
             )  # fmt: skip
             return await self._store.accept(submission, self._duplicate_window)
 
-    async def _prepare(self, raw: bytes) -> Prepared:
+    async def _prepare(self, received: Received) -> Prepared:
         try:
             async with asyncio.timeout(ANSWER_LIMIT):  # waiting for a child counts
-                return await self._preparer.mail(raw)
+                return await self._preparer.mail(received)
         except TimeoutError:
             raise ChildFailed("time") from None
 
@@ -220,10 +227,11 @@ class MailDoor:
             return Paper(document_id, prepared.sha256, prepared.pages, prepared.size)
         return Paper(str(uuid.uuid4()), prepared.sha256, prepared.pages, prepared.size, data)
 
-    def _forwarded(self, session: Peer, raw: bytes) -> bytes:
+    async def _forwarded(self, session: Peer, received: Received) -> bytes:
         """Add the trace line that every hop adds (RFC 5321, 4.4); a mail that loops is refused."""
-        if len(raw) > _LARGEST_FROM_STRANGERS and not self._policy.knows_client(_host(session)):
+        if received.size > _LARGEST_FROM_STRANGERS and not self._policy.knows_client(_host(session)):
             raise MailRefused(552, "5.3.4", "the postmaster takes no mail that large", "large, from outside")
+        raw = await asyncio.to_thread(received.path.read_bytes)
         head = raw.partition(b"\r\n\r\n")[0].lower()
         if (b"\r\n" + head).count(b"\r\nreceived:") > MAX_HOPS:
             raise MailRefused(554, "5.4.6", "this mail goes round in circles", "too many hops")

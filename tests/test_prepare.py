@@ -14,7 +14,7 @@ from pikepdf import Dictionary, Name
 
 from gateway.children import ChildFailed, Pool
 from gateway.message import MailRefused, parse
-from gateway.prepare import COMMAND, Preparer, work
+from gateway.prepare import COMMAND, Prepared, Preparer, Received, work
 
 # A child that takes the jobs of a Preparer and answers what the test wants.
 LIAR = """
@@ -87,6 +87,14 @@ class Easel:
         await asyncio.to_thread(self.gate.write_text, "")
 
 
+async def prepared_of(preparer: Preparer, raw: bytes) -> Prepared:
+    """Have a mail prepared that came in as `raw`."""
+    with preparer.receive() as received:
+        received.file.write(raw)
+        received.file.flush()
+        return await preparer.mail(received)
+
+
 async def until(condition: Callable[[], object]) -> None:
     """Wait until a condition holds."""
     async with asyncio.timeout(30):
@@ -112,7 +120,7 @@ async def test_mail_becomes_one_document(opened: Opened, tmp_path: Path) -> None
     """A mail with two PDFs comes back as one document with everything the reply needs to know."""
     preparer = await opened()
     raw = mail_of(paper(2, text="a"), paper(1, text="b"))
-    with await preparer.mail(raw) as prepared:
+    with await prepared_of(preparer, raw) as prepared:
         data = prepared.document.read_bytes()
         assert page_texts(data) == ["a 1", "a 2", "b 1"]
         assert (prepared.pages, prepared.size) == (3, len(data))
@@ -132,11 +140,38 @@ async def test_mail_becomes_one_document(opened: Opened, tmp_path: Path) -> None
     prepared.discard()
 
 
+async def test_mail_comes_in_by_a_private_file_of_its_own(opened: Opened, tmp_path: Path) -> None:
+    """Nobody else can read a mail that comes in, and nothing of it stays once it is discarded."""
+    preparer = await opened()
+    with preparer.receive() as received, preparer.receive() as other:
+        assert {received.path, other.path} == set((tmp_path / "work").iterdir())
+        assert received.path.stat().st_mode & 0o777 == 0o600
+        received.file.write(b"a mail")
+        received.file.flush()
+        assert (received.size, other.size) == (6, 0)
+        received.file.write(b" and what nobody waits for")
+    assert received.file.closed
+    assert not list((tmp_path / "work").iterdir())
+    received.discard()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_mail_that_the_disk_has_no_room_for_is_discarded_all_the_same(tmp_path: Path) -> None:
+    """What could not be written keeps neither its file nor its descriptor."""
+    path = tmp_path / "mail"
+    path.touch()
+    received = Received(os.open("/dev/full", os.O_WRONLY), path)
+    received.file.write(b"a mail")
+    received.discard()
+    assert received.file.closed
+    assert not path.exists()
+
+
 async def test_healthy_document_is_stored_as_it_came(opened: Opened) -> None:
     """One healthy PDF passes through the child octet for octet, raw header octets included."""
     preparer = await opened()
     raw = b"X-Raw: \xff\xfe\x00\r\n" + mail_of(paper())
-    with await preparer.mail(raw) as prepared:
+    with await prepared_of(preparer, raw) as prepared:
         assert prepared.document.read_bytes() == paper()
         assert prepared.original_headers.startswith(b"X-Raw: \xff\xfe\x00\r\n")
 
@@ -151,7 +186,7 @@ async def test_healthy_document_is_stored_as_it_came(opened: Opened) -> None:
 )
 async def test_refusal_comes_through(opened: Opened, raw: bytes, code: int, status: str, part: str) -> None:
     """What is wrong with a mail reaches the sender in the words of the module that found it."""
-    answer = await refusal((await opened()).mail(raw))
+    answer = await refusal(prepared_of(await opened(), raw))
     assert (answer.code, answer.status) == (code, status)
     assert part in answer.text
     assert answer.log
@@ -159,7 +194,7 @@ async def test_refusal_comes_through(opened: Opened, raw: bytes, code: int, stat
 
 async def test_size_limit_comes_through(opened: Opened) -> None:
     """The largest document is the one that was configured."""
-    assert (await refusal((await opened(max_size=100)).mail(mail_of(paper())))).code == 552
+    assert (await refusal(prepared_of(await opened(max_size=100), mail_of(paper())))).code == 552
 
 
 async def test_largest_mail_fits_into_a_child(opened: Opened) -> None:
@@ -168,7 +203,7 @@ async def test_largest_mail_fits_into_a_child(opened: Opened) -> None:
     picture = pdf.make_stream(os.urandom(19_000_000), Subtype=Name.Image, Width=19_000, Height=1_000)
     pdf.pages[0].obj.Resources.XObject = Dictionary(Photo=picture)
     large = saved(pdf)
-    with await (await opened(max_size=20_000_000)).mail(mail_of(large, paper(2))) as prepared:
+    with await prepared_of(await opened(max_size=20_000_000), mail_of(large, paper(2))) as prepared:
         assert (prepared.pages, prepared.size > 19_000_000) == (3, True)
 
 
@@ -176,10 +211,10 @@ async def test_hostile_document_costs_only_itself(opened: Opened) -> None:
     """While one document keeps its child busy until that is killed, a neighbour's mail is prepared."""
     preparer = await opened(size=2, time_limit=2.0)
     hanging = asyncio.create_task(preparer.picture(forms_calling_forms(16, 40)))
-    with await preparer.mail(mail_of(paper())) as prepared:
+    with await prepared_of(preparer, mail_of(paper())) as prepared:
         assert prepared.pages == 1
     assert (await failure(hanging)).reason in {"time", "died"}
-    with await preparer.mail(mail_of(paper())) as prepared:
+    with await prepared_of(preparer, mail_of(paper())) as prepared:
         assert prepared.pages == 1
     assert await preparer.picture(paper())
 
@@ -192,7 +227,7 @@ async def test_slow_pages_keep_no_mail_waiting(opened: Opened, tmp_path: Path) -
     await until(easel.begun.exists)
     async with asyncio.timeout(20):
         for _ in range(3):
-            with await preparer.mail(mail_of(paper(2))) as prepared:
+            with await prepared_of(preparer, mail_of(paper(2))) as prepared:
                 assert prepared.pages == 2
     assert not any(picture.done() for picture in pictures)
     for _ in pictures:
@@ -218,7 +253,7 @@ async def test_picture_does_not_wait_long_for_its_turn(
 async def test_child_that_hangs_over_a_mail(opened: Opened) -> None:
     """A mail that takes longer than its time fails, for the door to put off; nothing of it stays."""
     preparer = await opened(liar({}, wait=1000), time_limit=0.3)
-    assert (await failure(preparer.mail(mail_of(paper())))).reason == "time"
+    assert (await failure(prepared_of(preparer, mail_of(paper())))).reason == "time"
 
 
 @pytest.mark.parametrize(
@@ -236,13 +271,13 @@ async def test_child_that_hangs_over_a_mail(opened: Opened) -> None:
 async def test_child_that_lies(opened: Opened, answer: dict[str, Any] | None) -> None:
     """An answer of the wrong shape, from a child that a document took over, fails the job and no more."""
     preparer = await opened(liar(answer))
-    assert (await failure(preparer.mail(mail_of(paper())))).reason in {"fault", "died"}
+    assert (await failure(prepared_of(preparer, mail_of(paper())))).reason in {"fault", "died"}
 
 
 async def test_client_that_leaves(opened: Opened, tmp_path: Path) -> None:
     """When the client leaves while its mail is being prepared, nothing of the mail stays on the disk."""
     preparer = await opened(liar({}, wait=1000))
-    task = asyncio.create_task(preparer.mail(mail_of(paper())))
+    task = asyncio.create_task(prepared_of(preparer, mail_of(paper())))
     await until(lambda: any(path.stat().st_size for path in (tmp_path / "work").iterdir()))
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -254,7 +289,7 @@ async def test_full_is_passed_on(opened: Opened) -> None:
     """The door can ask whether it should put off a mail before reading it."""
     preparer = await opened(liar({}, wait=1000))
     assert [preparer.full] == [False]
-    tasks = [asyncio.create_task(preparer.mail(mail_of(paper()))) for _ in range(3)]
+    tasks = [asyncio.create_task(prepared_of(preparer, mail_of(paper()))) for _ in range(3)]
     await until(lambda: preparer.full)
     for task in tasks:
         task.cancel()
@@ -264,7 +299,7 @@ async def test_full_is_passed_on(opened: Opened) -> None:
 async def test_sweep_removes_what_a_killed_daemon_left(opened: Opened, tmp_path: Path) -> None:
     """Documents that a killed daemon left are gone after the next start; other files are not touched."""
     preparer = await opened()
-    prepared = await preparer.mail(mail_of(paper()))
+    prepared = await prepared_of(preparer, mail_of(paper()))
     other = tmp_path / "work" / "other"
     other.touch()
     preparer.sweep()

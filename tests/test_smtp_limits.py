@@ -3,8 +3,6 @@
 import asyncio
 import contextlib
 import os
-import random
-import re
 import shutil
 import signal
 import smtplib
@@ -15,12 +13,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from aiosmtpd.smtp import Session as Peer
 from harness import SENDER, Gateway, World, letter, until, world
 from papers import mail, mail_of, multipart, paper, part, stream, text, written
-
-from gateway import smtp_session
-from gateway.smtp_session import MailEnvelope, Sessions, SmtpSession
 
 ENOUGH = 20.0
 
@@ -175,6 +169,33 @@ async def test_endless_mail_costs_no_memory_and_is_cut_off(tmp_path: Path, chunk
             assert (await other.hear()).startswith("220 ")
 
 
+async def test_large_mails_at_once_cost_no_memory(tmp_path: Path) -> None:
+    """However many large mails come in at the same time, the daemon does not grow: they lie on the disk."""
+    size, several, incoming = 8_000_000, 6, tmp_path / "incoming"
+    async with world(tmp_path) as w, contextlib.AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(line(w)) for _ in range(several)]
+        for client in clients:
+            await client.hear()
+            await client.to_data()
+        before, most = resident(w.gateway), 0
+        for _ in range(size // 100_000):
+            for client in clients:
+                client.writer.write((b"x" * 998 + b"\r\n") * 100)
+                await client.writer.drain()
+            most = max(most, resident(w.gateway))
+
+        def on_disk() -> int:
+            return sum(path.stat().st_size for path in incoming.iterdir())
+
+        await until(lambda: on_disk() > several * size - 100_000, "the mails to be on the disk")
+        most = max(most, resident(w.gateway))
+        assert most - before < 8_000_000
+        answers = [await client.send(b"") for client in clients]
+        assert {answer[:4] for answer in answers} == {"554 "}
+        assert max(most, resident(w.gateway)) - before < 8_000_000
+        assert not list(incoming.iterdir())
+
+
 async def test_line_without_end_is_no_mail(tmp_path: Path) -> None:
     """A line longer than any program writes is refused with words about lines."""
     async with world(tmp_path) as w, line(w) as client:
@@ -205,104 +226,6 @@ async def test_client_that_does_not_read_loses_its_place(tmp_path: Path) -> None
                     return (await other.hear()).startswith("220 ")
 
             await until_true(welcome, "the deaf client's place to be free")
-
-
-class Wire(asyncio.Transport):
-    """A connection in memory, so that the server gets exactly the pieces that a test chooses."""
-
-    def __init__(self) -> None:
-        super().__init__({"peername": ("127.0.0.1", 25)})
-        self.said = b""
-        self.closed = False
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Keep an answer."""
-        self.said += data
-
-    def is_closing(self) -> bool:
-        """Tell whether it was closed."""
-        return self.closed
-
-    def close(self) -> None:
-        """Be closed."""
-        self.closed = True
-
-    def pause_reading(self) -> None:
-        """Go on all the same."""
-
-    def resume_reading(self) -> None:
-        """Go on."""
-
-
-class Taker:
-    """Takes every mail."""
-
-    content: bytes | None = None
-
-    async def handle_MAIL(  # noqa: N802 -- aiosmtpd's name
-        self, _server: SmtpSession, _session: Peer, envelope: MailEnvelope, address: str, _options: list[str]
-    ) -> str:
-        """Take the sender."""
-        envelope.mail_from = address
-        return "250 2.1.0 ok"
-
-    async def recipient(self, _session: Peer, envelope: MailEnvelope, raw: str) -> str:
-        """Take the recipient."""
-        envelope.rcpt_tos.append(raw)
-        return "250 2.1.5 ok"
-
-    def busy(self) -> None:
-        """Say that there is time."""
-
-    async def handle_DATA(self, server: SmtpSession, _session: Peer, envelope: MailEnvelope) -> str:  # noqa: N802
-        """Take the mail."""
-        server.begin_answer()
-        self.content = envelope.original_content
-        return "250 2.0.0 queued as m"
-
-
-async def test_mail_is_taken_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever dots and line ends a mail is made of and in what pieces it comes, no part counts as one."""
-    monkeypatch.setattr(smtp_session, "_MARGIN", 50)
-    monkeypatch.setattr(smtp_session, "_PATIENCE", 100)
-    dice = random.Random(4711)  # noqa: S311 -- chooses cases, not secrets
-    limit, refused = 200, 0
-    pieces = (b".", b"\r\n", b"\n", b"\r", b"a", b"..", b"\r\n.")
-
-    async def feed(data: bytes, *, turns: int = 12) -> None:
-        session.data_received(data)
-        for _ in range(turns):
-            await asyncio.sleep(0)
-
-    for _ in range(500):
-        taker, wire = Taker(), Wire()
-        session = SmtpSession(taker, Sessions(1, 1), size_limit=limit, hostname="fax.test", timeout=300)
-        session.connection_made(wire)
-        for words in (b"EHLO a", b"MAIL FROM:<a@example.com>", b"RCPT TO:<b>", b"DATA"):
-            await feed(words + b"\r\n")
-        wire.said = b""
-        body = b"".join(dice.choice(pieces) for _ in range(dice.randrange(300))) + b"\r\n"
-        sent = re.sub(rb"(\A|\r\n)\.", rb"\1..", body)
-        rest = sent + b".\r\n"
-        while rest:
-            size = dice.choice((1, 2, 3, 5, 20, 100, 1000))
-            await feed(rest[:size], turns=dice.choice((0, 12)))
-            rest = rest[size:]
-        await feed(b"")
-        if len(sent) > limit:
-            refused += 1
-            assert taker.content is None, sent
-            assert wire.said == b"552 5.3.4 the mail is too large: 200 octets at most\r\n", sent
-        else:
-            assert taker.content == body
-            assert wire.said == b"250 2.0.0 queued as m\r\n", sent
-        assert not wire.closed
-        wire.said = b""
-        await feed(b"NOOP\r\n")
-        assert wire.said == b"250 2.0.0 ok\r\n", sent
-        session.connection_lost(None)
-        await asyncio.wait([session.conversation])
-    assert 100 < refused < 400
 
 
 # --- time --------------------------------------------------------------------------------------------------

@@ -3,44 +3,12 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
-import pytest
-from aiosmtpd.smtp import Session as Peer
+from harness import until
+from smtp_peers import Taker
 
-from gateway import smtp_session
-from gateway.smtp_session import MailEnvelope, Sessions, SmtpSession
-
-
-class Taker:
-    """A handler that takes every mail, or meets a fault when it shall take one."""
-
-    def __init__(self, fault: Exception | None = None) -> None:
-        self.fault = fault
-        self.taken: list[bytes] = []
-
-    async def handle_MAIL(  # noqa: N802 -- aiosmtpd's name
-        self, _server: SmtpSession, _session: Peer, envelope: MailEnvelope, address: str, _options: list[str]
-    ) -> str:
-        """Take any sender."""
-        envelope.mail_from = envelope.sender = address
-        return "250 2.1.0 ok"
-
-    async def recipient(self, _session: Peer, envelope: MailEnvelope, raw: str) -> str:
-        """Take any recipient."""
-        envelope.rcpt_tos.append(raw)
-        return "250 2.1.5 ok"
-
-    def busy(self) -> str | None:
-        """Have time."""
-        return None
-
-    async def handle_DATA(self, server: SmtpSession, _session: Peer, envelope: MailEnvelope) -> str:  # noqa: N802
-        """Take the mail, or fail."""
-        server.begin_answer()
-        if self.fault is not None:
-            raise self.fault
-        self.taken.append(envelope.original_content or b"")
-        return "250 2.0.0 taken"
+from gateway.smtp_session import Sessions, SmtpSession
 
 
 @contextlib.asynccontextmanager
@@ -95,32 +63,27 @@ class Conversation:
         return await self.answer()
 
 
-async def test_mails_in_flight_are_capped_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the mails coming in hold too much memory, new ones are put off before they are sent."""
-    monkeypatch.setattr(smtp_session, "MOST_OCTETS", 1_000_000)
-    taker = Taker()
+async def test_a_client_that_leaves_in_the_middle_of_a_mail_leaves_nothing(tmp_path: Path) -> None:
+    """Half a mail is none: its file goes with the client, and the next client's mail is taken."""
+    taker = Taker(tmp_path)
     async with served(taker) as (sessions, begin):
-        large = await begin()
-        assert (await large.say("DATA")).startswith("354")
-        large.writer.write(b"x" * 70 + b"\r\n" + b"y" * 1_100_000)
-        await large.writer.drain()
-        async with asyncio.timeout(20):
-            while sessions.octets <= 1_000_000:  # noqa: ASYNC110 -- it is in another task's hands
-                await asyncio.sleep(0)
-        small = await begin()
-        assert await small.say("DATA") == "451 4.3.2 too much to do here; try again later"
-        large.writer.close()
-        async with asyncio.timeout(20):
-            while sessions.octets:  # noqa: ASYNC110 -- as above
-                await asyncio.sleep(0)
-        assert (await small.say("DATA")).startswith("354")
-        assert await small.say("\r\nhello\r\n.") == "250 2.0.0 taken"
+        leaving = await begin()
+        assert (await leaving.say("DATA")).startswith("354")
+        leaving.writer.write(b"x" * 70 + b"\r\n" + b"y" * 50_000)
+        (half,) = await until(taker.files, "the file of the mail")
+        await until(lambda: half.stat().st_size, "its first octets")
+        leaving.writer.close()
+        await until(lambda: not half.exists() and not sessions.open, "the session to end")
+        client = await begin()
+        assert (await client.say("DATA")).startswith("354")
+        assert await client.say("\r\nhello\r\n.") == "250 2.0.0 taken"
     assert taker.taken == [b"\r\nhello\r\n"]
+    assert not taker.files()
 
 
-async def test_a_fault_of_ours_is_temporary_and_ends_the_conversation() -> None:
+async def test_a_fault_of_ours_is_temporary_and_ends_the_conversation(tmp_path: Path) -> None:
     """An unforeseen fault is answered 451 without its words, and the rest of the mail runs as no command."""
-    async with served(Taker(ValueError("the secret of the fault"))) as (_, begin):
+    async with served(Taker(tmp_path, ValueError("the secret of the fault"))) as (_, begin):
         client = await begin()
         await client.say("DATA")
         answer = await client.say("\r\nhello\r\n.\r\nNOOP")

@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from signal import SIGTERM
-from typing import Any
 
 import crashes
 import pytest
@@ -20,6 +19,7 @@ import stages
 from crashes import Client, Gate, Theatre, rows
 from faxes import RULES
 from harness import PATIENCE, QUICK, Gateway, until
+from smtp_peers import Taker
 from stages import Stage, at_carrier, at_relay, before_webhook, in_doubt
 from stores import SETTINGS, TriedStore
 
@@ -28,7 +28,7 @@ from gateway.dispatch import Dispatcher
 from gateway.metrics import Metrics
 from gateway.records import Fax, State
 from gateway.sandbox import Sandbox, SandboxOptions
-from gateway.smtp_session import MailEnvelope, Sessions, SmtpSession
+from gateway.smtp_session import Sessions, SmtpSession
 from gateway.store_work import CallSettings
 from gateway.telnyx import Telnyx
 
@@ -140,9 +140,9 @@ async def test_during_a_stop_clients_are_sent_away_and_may_come_again(theatre: T
         await s.check()
 
 
-async def test_a_client_that_dawdles_in_data_does_not_keep_the_gateway_from_stopping() -> None:
+async def test_a_client_that_dawdles_in_data_does_not_keep_the_gateway_from_stopping(tmp_path: Path) -> None:
     """A mail that has not come to its end after the time for that is sent away with 421, not cut off."""
-    sessions, mails = Sessions(10, 10), Anyone()
+    sessions, mails = Sessions(10, 10), Taker(tmp_path)
     factory = partial(SmtpSession, mails, sessions, size_limit=1000, hostname="fax.local", timeout=60.0)
     server = await asyncio.get_running_loop().create_server(factory, "127.0.0.1", 0)
     async with server:
@@ -153,35 +153,7 @@ async def test_a_client_that_dawdles_in_data_does_not_keep_the_gateway_from_stop
         assert await client.answer() == "421 4.3.2 shutting down, try again later"
         assert await client.answer() == ""
         client.close()
-    assert mails.taken == 0
-
-
-class Anyone:
-    """A handler that takes every mail."""
-
-    taken = 0
-
-    async def handle_MAIL(  # noqa: N802 -- aiosmtpd's name
-        self, _server: SmtpSession, _session: Any, envelope: MailEnvelope, address: str, _options: list[str]
-    ) -> str:
-        """Take every sender."""
-        envelope.mail_from = address
-        return "250 2.1.0 ok"
-
-    async def recipient(self, _session: Any, envelope: MailEnvelope, raw: str) -> str:
-        """Take every recipient."""
-        envelope.rcpt_tos.append(raw)
-        return "250 2.1.5 ok"
-
-    def busy(self) -> str | None:
-        """Be never busy."""
-        return None
-
-    async def handle_DATA(self, server: SmtpSession, _session: Any, _envelope: MailEnvelope) -> str:  # noqa: N802
-        """Take the mail."""
-        server.begin_answer()
-        self.taken += 1
-        return "250 2.0.0 ok"
+    assert mails.taken == []
 
 
 async def test_events_that_come_during_a_stop_are_recorded(theatre: Theatre) -> None:

@@ -1,0 +1,289 @@
+"""The report: medians in tables, each goal with what was measured."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from results import Results
+from samples import SIZES
+from several import VARIANTS
+
+BEGIN, END = "<!-- figures: written by `make bench` -->", "<!-- figures end -->"
+PEERS = {"ours": "gateway", "postfix": "Postfix", "stock": "stock aiosmtpd"}
+
+
+def put(text: str, page: Path) -> None:
+    """Write the report between the two marks of a page."""
+    before, begin, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{page} does not hold the lines {BEGIN} and {END}")
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+
+
+def written(results: Results) -> str:
+    """Return the whole report as Markdown."""
+    parts = [
+        _machine(results),
+        _goals(results),
+        _door(results),
+        _stalls(results),
+        _way(results),
+        _scale(results),
+    ]
+    return "\n".join(part for part in (*parts, _several(results)) if part)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _told(value: float | None, unit: str = "") -> str:
+    if value is None:
+        return "-"
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2  # noqa: PLR2004 -- three digits
+    return f"{value:,.{digits}f}{unit}"
+
+
+def _ratio(value: float | None, to: float | None) -> float | None:
+    return value / to if value is not None and to else None
+
+
+def _made(results: Results, group: str) -> str:
+    """Say of which commit the figures are, where that is not the report's own."""
+    made = results.made.get(group, "")
+    own = f"{results.machine['Date']}, commit {results.machine['Commit']}"
+    return "" if made == own else f"Measured {made}.\n\n"
+
+
+def _machine(results: Results) -> str:
+    rows = [[name, text] for name, text in results.machine.items()]
+    rows.append(
+        [
+            "fsync",
+            f"{_told(results.median('bounds', 'fsync'))}/s: pages of 16 KB, each confirmed",
+        ]
+    )
+    rows.append(
+        [
+            "Loopback",
+            f"{_told(results.median('bounds', 'loopback'))} MB/s, read by Python that does nothing else",
+        ]
+    )
+    rows += [[f"Not measured: {name}", reason] for name, reason in results.skipped.items()]
+    return "### The machine\n\n" + _table(["", ""], rows)
+
+
+# --- goals ---------------------------------------------------------------------------------------------
+
+
+def _goals(results: Results) -> str:
+    door = [
+        (
+            f"Door, {size}, {sessions} sessions: at least as many as Postfix",
+            _times(results, "postfix", size, sessions),
+            1.0,
+        )
+        for size, sessions in (("100 KB", 10), ("1 MB", 10), ("20 MB", 10))
+    ]
+    door.append(
+        (
+            "Door, 1 MB, 10 sessions: at least 5 times stock aiosmtpd",
+            _times(results, "stock", "1 MB", 10),
+            5.0,
+        )
+    )
+    least = [
+        *((name, value, goal, " times") for name, value, goal in door),
+        ("Way: at least 150 faxes of 100 KB a second", results.median("way", "rate"), 150.0, "/s"),
+        ("At least 1,000 webhooks a second", results.median("webhooks", "rate"), 1000.0, "/s"),
+    ]
+    purge = _ratio(results.median("purge", "after"), results.median("purge", "before"))
+    most = [
+        (
+            "Stalls: NOOP within 20 ms (p99)",
+            results.median("stalls", "p99", peer="ours", kind="noop"),
+            20.0,
+            " ms",
+        ),
+        (
+            "Stalls: webhook within 20 ms (p99)",
+            results.median("stalls", "p99", peer="ours", kind="webhook"),
+            20.0,
+            " ms",
+        ),
+        ("Webhook to reply, idle, within 50 ms (p99)", results.median("replies", "p99"), 50.0, " ms"),
+        ("Cost of a fax with a long past: at most 1.2 times", _worst_past(results), 1.2, " times"),
+        ("Memory idle: below 150 MiB", results.median("memory", "idle"), 150.0, " MiB"),
+        (
+            "Memory with 50 sessions of 20 MB: below 400 MiB",
+            max(results.values("memory", "peak"), default=None),
+            400.0,
+            " MiB",
+        ),
+        ("The file shrinks after a purge", purge, 0.999, " of its size"),
+    ]
+    rows = [
+        [name, _told(value, unit), _verdict(value is not None and value >= goal, value)]
+        for name, value, goal, unit in least
+    ]
+    rows += [
+        [name, _told(value, unit), _verdict(value is not None and value <= goal, value)]
+        for name, value, goal, unit in most
+    ]
+    return "### Goals\n\n" + _table(["Goal", "Measured", "Met"], rows)
+
+
+def _verdict(met: bool, value: float | None) -> str:  # noqa: FBT001 -- of one table
+    return "-" if value is None else "yes" if met else "**no**"
+
+
+def _times(results: Results, peer: str, size: str, sessions: int) -> float | None:
+    return _ratio(
+        results.median("door", "rate", peer="ours", size=size, sessions=sessions),
+        results.median("door", "rate", peer=peer, size=size, sessions=sessions),
+    )
+
+
+def _worst_past(results: Results) -> float | None:
+    costs = [results.median("past", "cpu", past=past) for past in results.different("past", "past")]
+    known = [cost for cost in costs if cost is not None]
+    return max(known) / known[0] if known else None
+
+
+# --- tables --------------------------------------------------------------------------------------------
+
+
+def _door(results: Results) -> str:
+    rows = []
+    for size in results.different("door", "size"):
+        for sessions in results.different("door", "sessions"):
+            cell = {"size": size, "sessions": sessions}
+            rates = [results.median("door", "rate", peer=peer, **cell) for peer in PEERS]
+            cpu = [results.median("door", "cpu", peer=peer, **cell) for peer in PEERS]
+            ratios = [_ratio(rates[0], other) for other in rates[1:]]
+            rejected = sum(results.values("door", "rejected", peer="ours", **cell))
+            sent = sum(results.values("door", "mails", peer="ours", **cell)) + rejected
+            rows.append([
+                size, str(sessions), *map(_told, rates), *map(_told, ratios), *map(_told, cpu),
+                f"{_ratio(rejected, sent) or 0:.1%}",
+            ])  # fmt: skip
+    if not rows:
+        return ""
+    names = list(PEERS.values())
+    head = [
+        "PDF", "sessions", *names, "to Postfix", "to stock", *(f"CPU ms, {name}" for name in names),
+        "put off",
+    ]  # fmt: skip
+    title = "### The door: mails a second\n\n"
+    return f"{title}{_made(results, 'door')}{_table(head, rows)}\n{_door_bounds(results)}"
+
+
+def _door_bounds(results: Results) -> str:
+    said = []
+    fsync, loopback = results.median("bounds", "fsync"), results.median("bounds", "loopback")
+    for sessions in results.different("door", "sessions"):
+        share = _ratio(results.median("door", "rate", peer="ours", size="2 KB", sessions=sessions), fsync)
+        if share is not None:
+            said.append(f"{share:.2f} (sessions: {sessions})")
+    text = (
+        f"Mails with 2 KB that it takes in the time of one bare fsync: {', '.join(said)}.\n" if said else ""
+    )
+    rate, octets = (
+        results.median("door", "rate", peer="ours", size="20 MB", sessions=10),
+        results.median("mails", "octets", size="20 MB"),
+    )
+    if rate and octets and loopback:
+        speed = rate * octets / 1e6
+        part = f"{speed / loopback:.1%} of the loopback read"
+        text += f"At 20 MB with 10 sessions it takes {speed:.0f} MB/s of mail, {part}.\n"
+    spreads = []
+    for peer in PEERS:
+        for size in SIZES:
+            for sessions in results.different("door", "sessions"):
+                values = results.values("door", "rate", peer=peer, size=size, sessions=sessions)
+                if values:
+                    spreads.append((max(values) - min(values)) / statistics.median(values))
+    spread = statistics.median(spreads)
+    return f"{text}Between its slowest and fastest round a rate differs by {spread:.0%} (median of all).\n"
+
+
+def _stalls(results: Results) -> str:
+    rows = []
+    for peer, name in PEERS.items():
+        for kind, told in (("noop", "NOOP"), ("webhook", "webhook")):
+            where: dict[str, Any] = {"peer": peer, "kind": kind}
+            if results.values("stalls", "p99", **where):
+                found = [results.median("stalls", figure, **where) for figure in ("p50", "p99", "max")]
+                rows.append(
+                    [name, told, *map(_told, found), _told(max(results.values("stalls", "max", **where)))]
+                )
+    head = ["", "asked for", "p50 ms", "p99 ms", "max ms", "max of all rounds"]
+    title = "### Stalls: answers to others while ten sessions send 20 MB each\n\n"
+    return f"{title}{_made(results, 'stalls')}{_table(head, rows)}" if rows else ""
+
+
+def _way(results: Results) -> str:
+    rows = []
+    if results.values("way", "rate"):
+        cpu = {name: _told(results.median("way", name)) for name in ("cpu", "carrier", "relay")}
+        rows += [
+            ["Faxes of 100 KB a second, mail to reply in the relay", _told(results.median("way", "rate"))],
+            ["CPU a fax, the gateway", f"{cpu['cpu']} ms"],
+            ["CPU a fax, the carrier and the relay beside it", f"{cpu['carrier']} ms and {cpu['relay']} ms"],
+        ]
+    if results.values("webhooks", "rate"):
+        longest = _told(max(results.values("webhooks", "longest")))
+        rows += [
+            ["Webhooks a second, checked, applied and committed", _told(results.median("webhooks", "rate"))],
+            ["CPU a webhook", f"{_told(results.median('webhooks', 'cpu'))} ms"],
+            [
+                "The same: answered within",
+                f"{_told(results.median('webhooks', 'middle'))} ms (p50), {longest} ms at worst",
+            ],
+        ]
+    if results.values("replies", "p50"):
+        found = " / ".join(_told(results.median("replies", figure)) for figure in ("p50", "p99", "max"))
+        rows.append(["Webhook to reply in the relay, idle: p50 / p99 / max", f"{found} ms"])
+    return f"### The whole way\n\n{_made(results, 'way')}{_table(['', ''], rows)}" if rows else ""
+
+
+def _scale(results: Results) -> str:
+    pasts = results.different("past", "past")
+    if not pasts:
+        return ""
+    first = results.median("past", "cpu", past=pasts[0])
+    rows = []
+    for past in pasts:
+        cpu = results.median("past", "cpu", past=past)
+        found = [results.median("past", "rate", past=past), cpu, _ratio(cpu, first)]
+        rows.append([past, _told(results.median("store", "megabytes", past=past)), *map(_told, found)])
+    text = _table(["In the store", "its file, MB", "faxes/s", "CPU ms a fax", "to the first"], rows) + "\n"
+    idle, peak = results.median("memory", "idle"), max(results.values("memory", "peak"), default=None)
+    sessions, later = results.median("memory", "sessions"), results.median("memory", "after")
+    text += (
+        f"Memory of all processes (Pss): {_told(idle)} MiB idle, at most {_told(peak)} MiB while"
+        f" {sessions or 0:.0f} sessions send 20 MB each, {_told(later)} MiB after.\n"
+    )
+    faxes, before, after = (results.median("purge", figure) for figure in ("faxes", "before", "after"))
+    text += (
+        f"The file after {faxes or 0:.0f} faxes of 100 KB: {_told(before)} MB; purged: {_told(after)} MB.\n"
+    )
+    return f"### What grows\n\n{_made(results, 'scale')}{text}"
+
+
+def _several(results: Results) -> str:
+    rows = []
+    for variant in VARIANTS:
+        door = [
+            results.median("several door", figure, variant=variant) for figure in ("rate", "cpu", "server")
+        ]
+        sent = [
+            results.median("several way", figure, variant=variant) for figure in ("rate", "cpu", "server")
+        ]
+        if door[0] is not None:
+            rows.append([variant, *map(_told, door), *map(_told, sent)])
+    head = ["", "mails/s", "CPU ms a mail", "PostgreSQL's", "faxes/s", "CPU ms a fax", "PostgreSQL's"]
+    title = "### PostgreSQL: door and way with 100 KB, 10 sessions\n\n"
+    return f"{title}{_made(results, 'postgresql')}{_table(head, rows)}" if rows else ""

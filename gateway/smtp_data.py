@@ -1,0 +1,93 @@
+"""The octets of a mail, from the 354 to the final dot, as they come from the network.
+
+In charge of: finding the end of a mail in pieces of any size, taking away the dots that its sender doubled,
+and writing the rest to a file; the limits on the mail's size and on its lines.
+
+Promises: CR LF . CR LF ends a mail and nothing else does (RFC 5321, 4.1.1.4): a lone CR or LF counts for no
+part of it, however the octets were cut into pieces. What comes after the end is handed back untouched. The
+file holds the mail octet for octet, the doubled dots aside (4.5.2). Memory stays flat: four octets of a mail
+wait at most, and of one that is refused nothing more is written.
+
+Fails: never by raising. `fault` tells what is wrong with the mail; its end is looked for all the same, since
+the client listens for an answer only there (4.2.5).
+"""
+
+from enum import Enum, auto
+from typing import BinaryIO
+
+_END = b"\r\n.\r\n"
+_BEGINNINGS = tuple(_END[:length] for length in range(len(_END) - 1, 0, -1))  # the longest first
+_BEFORE_THE_FIRST_LINE = b"\r\n"  # a mail begins like a line: with a dot it may end at once
+
+
+class Fault(Enum):
+    """Why a mail cannot be taken."""
+
+    TOO_LARGE = auto()
+    LONG_LINE = auto()
+
+
+class MailData:
+    """One mail while it comes in.
+
+    `fault`: why it cannot be taken; an OSError if it could not be written.
+    """
+
+    def __init__(self, file: BinaryIO, *, size_limit: int, line_limit: int) -> None:
+        """`line_limit` is for a line with its CR LF; both limits count doubled dots, as they are received."""
+        self._file = file
+        self._size_limit = size_limit
+        self._line_limit = line_limit
+        self._held = _BEFORE_THE_FIRST_LINE
+        self._begun = False  # whether that was passed over
+        self._line = 0  # octets of the line that the next piece goes on with
+        self._size = 0
+        self.fault: Fault | OSError | None = None
+
+    def feed(self, piece: bytes) -> bytes | None:
+        """Take the next octets; return what follows the end once that has come, else None."""
+        window = self._held + piece
+        end = window.find(_END)
+        if end >= 0:
+            self._take(window[: end + 2])
+            self._write_out()
+            return window[end + len(_END) :]
+        # What may belong to the end, or to a doubled dot, waits for the next piece.
+        held = next((len(beginning) for beginning in _BEGINNINGS if window.endswith(beginning)), 0)
+        self._held = window[len(window) - held :]
+        self._take(window[: len(window) - held])
+        return None
+
+    def _take(self, octets: bytes) -> None:
+        if not octets or self.fault is not None:
+            return
+        first = 0 if self._begun else len(_BEFORE_THE_FIRST_LINE)
+        self._begun = True
+        self._size += len(octets) - first
+        if self._size > self._size_limit:
+            self.fault = Fault.TOO_LARGE
+        elif self._has_long_line(octets, first - self._line):
+            self.fault = Fault.LONG_LINE
+        else:
+            try:
+                self._file.write(octets.replace(b"\r\n.", b"\r\n")[first:])
+            except OSError as error:
+                self.fault = error
+
+    def _has_long_line(self, octets: bytes, start: int) -> bool:
+        """Look at the lines of which the first began at `start`, below 0 in an earlier piece."""
+        while len(octets) - start > self._line_limit:
+            end = octets.rfind(b"\r\n", max(0, start), start + self._line_limit)
+            if end < 0:
+                return True
+            start = end + 2
+        end = octets.rfind(b"\r\n", max(0, start))
+        self._line = len(octets) - (end + 2 if end >= 0 else start)
+        return False
+
+    def _write_out(self) -> None:
+        if self.fault is None:
+            try:
+                self._file.flush()
+            except OSError as error:
+                self.fault = error
