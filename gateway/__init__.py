@@ -42,6 +42,7 @@ The ground
     schedule, doubt   when it is due next; whether the carrier took it
     records           what a fax is, and everything that can happen to it
     reasons           the failure reasons: class, retry plan, sentence
+    clocks            how much time has truly passed
     config, log, metrics, bell, systemd
 """
 

@@ -70,6 +70,7 @@ class Policy:
     premium: bool
     sender_networks: tuple[Network, ...]
     sender_addresses: tuple[str, ...]
+    own_address: str  # what replies come from
 
     def is_postmaster(self, local: str, domain: str) -> bool:
         """Tell whether mail goes to the postmaster, which may stand without a domain (RFC 5321, 4.5.1)."""
@@ -99,6 +100,9 @@ class Policy:
         if envelope_from in {"", "<>"}:
             raise Refusal(550, "5.7.1", "a fax needs a sender who can be told of its fate", "null sender")
         address = envelope_from.lower()
+        if self._is_ours(address.rpartition("@")[2]) or address == self.own_address.lower():
+            answer = "this sender address is the fax gateway's own, where nobody reads what became of the fax"
+            raise Refusal(550, "5.7.1", answer, "the sender is an address of ours")
         if not any(fnmatchcase(address, glob.lower()) for glob in self.sender_addresses):
             raise Refusal(
                 550,

@@ -21,7 +21,7 @@ from email import policy
 from email.headerregistry import BaseHeader, HeaderRegistry, UnstructuredHeader
 from email.message import EmailMessage, Message, MIMEPart
 from email.policy import EmailPolicy, Policy
-from email.utils import format_datetime
+from email.utils import format_datetime, parseaddr
 from typing import Any, Literal
 
 from gateway import reasons
@@ -46,7 +46,7 @@ class Letterhead:
     """What all mails of this gateway have in common.
 
     `sender` is the From (`Fax gateway <fax@fax.local>`), `postmaster` the address that answers go to,
-    `hostname` the right-hand side of message ids and the reporting MTA. `format` "mail" is for people,
+    `hostname` the reporting MTA. `format` "mail" is for people,
     "report" for programs; alerts are always mail.
     """
 
@@ -150,7 +150,9 @@ def _begin(entry: OutboxEntry, letterhead: Letterhead, now: float) -> EmailMessa
     shown = _PLAIN_ADDRESS.fullmatch(entry.recipient) is not None
     message["To"] = entry.recipient if shown else "undisclosed-recipients:;"
     message["Date"] = _date(now)
-    message["Message-ID"] = f"<{_NOT_IN_ID.sub('-', entry.id[:150])}@{letterhead.hostname}>"
+    # The same from every gateway: whichever repeats a mail, the reader sees one.
+    domain = parseaddr(letterhead.sender)[1].rpartition("@")[2]
+    message["Message-ID"] = f"<{_NOT_IN_ID.sub('-', entry.id[:150])}@{domain}>"
     return message
 
 

@@ -173,7 +173,7 @@ def _say_cancelled(fax: Fax) -> list[str]:
             f"{_ASK_FIRST}"
         )
     elif not fax.calls:
-        paragraphs.append("No call had been made; nothing was sent.")
+        paragraphs.append("No call for it is on record here.")  # a restored record may lack some
     return paragraphs
 
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from email.utils import parseaddr
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,7 @@ def _dispatcher(settings: Settings, store: Store, carrier: Telnyx, metrics: Metr
         metrics=metrics,
         keep_documents=settings.store.keep_documents,
         keep_records=settings.store.keep_records,
+        longest_post=POST_LIMIT,
     )
 
 
@@ -300,6 +302,7 @@ def _mail_door(
         premium=destinations.premium,
         sender_networks=senders.networks,
         sender_addresses=senders.addresses,
+        own_address=parseaddr(settings.replies.sender)[1],
     )
     door = MailDoor(
         store,

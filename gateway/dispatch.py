@@ -12,7 +12,9 @@ the loops wait for it.
 """
 
 import asyncio
+import contextlib
 import hashlib
+import math
 import time
 from collections.abc import Awaitable, Callable
 
@@ -25,6 +27,7 @@ from gateway.carrier import (
     Refused,
     Unavailable,
 )
+from gateway.clocks import Steadiness, elapsed
 from gateway.database import StoreError
 from gateway.doubt import (
     CLOCK_SKEW,
@@ -63,12 +66,15 @@ from gateway.records import (
 )
 from gateway.schedule import last_check, stuck_limit
 from gateway.store import Store
+from gateway.store_restore import Restoring
 from gateway.store_work import CallSettings, Evidence
 
 QUESTIONS_AT_ONCE = 4
 _LOOK_EVERY = 1.0  # seconds: due times need no bell
 _STORE_AWAY = 2.0  # seconds until a loop tries the store again
 _SWEEP_EVERY = 15.0
+_RESTORE_EVERY = 30.0  # seconds until the carrier is asked again what a restored backup does not know
+_RESTORE_PATIENCE = 3600.0  # seconds until people are left to find out about every fax instead
 _STILL_OPEN = 120.0  # seconds until a retry looks again at a call that should have ended
 
 log = get_logger()
@@ -87,17 +93,22 @@ class Dispatcher:
         metrics: Metrics,
         keep_documents: float,
         keep_records: float,
+        longest_post: float,
     ) -> None:
+        """`longest_post`: seconds after which a POST that a gateway began within its lease has ended."""
         self._store = store
         self._carrier = carrier
         self._settings = settings
         self._rules = rules
         self._metrics = metrics
         self._keep = (keep_documents, keep_records)
+        self._longest_call = settings.lease + longest_post
+        self._steadiness = Steadiness()
         self._calls: set[asyncio.Task[None]] = set()
         self._answers_due: set[str] = set()  # attempts whose POST is under way in this process
         self._claiming = asyncio.Lock()  # from the look at `_stopping` until the call is in `_calls`
         self._stopping = False
+        self._begun = time.monotonic()
 
     # --- loops --------------------------------------------------------------------------------------------
 
@@ -114,15 +125,17 @@ class Dispatcher:
         swept = purged = time.monotonic()
         purge_every = max(1.0, min(600.0, self._keep[0] / 4))
 
-        restoring = True  # until the store says otherwise
+        restored = -math.inf  # when the carrier was last asked what a restored backup does not know
 
         async def care() -> bool:
-            nonlocal swept, purged, restoring
-            restoring = restoring and not await self._end_restore()
+            nonlocal swept, purged, restored
+            if time.monotonic() - restored > _RESTORE_EVERY:
+                restored = math.inf if await self._end_restore() else time.monotonic()
             more = bool(await self._store.pass_time())
             if time.monotonic() - swept > _SWEEP_EVERY:
                 swept = time.monotonic()
                 await self._store.sweep_parked()
+                self._steadiness.see(await self._store.now())
             if time.monotonic() - purged > purge_every:
                 gone = await self._store.purge(*self._keep)
                 if gone:  # in steps: a turn shall not last
@@ -139,19 +152,24 @@ class Dispatcher:
         restoring = await self._store.restoring()
         if restoring is None:
             return True
-        since, now = restoring
         try:
-            sent = await self._sent_since(since, now)
-            sent = await self._sent_since(since, now)  # now that the answer told the carrier's time
+            sent = await self._sent_since(restoring)
+            sent = await self._sent_since(restoring)  # now that the answer told the carrier's time
         except Unavailable as error:
             log.warning("restore_checked", error=error.cause)
-            return False
-        log.warning("restore_checked", listed=len(sent), held=await self._store.end_restore(sent))
+            if time.monotonic() - self._begun < _RESTORE_PATIENCE:
+                return False
+            sent = None
+        held = await self._store.end_restore(sent, restoring.control)
+        log.warning("restore_checked", listed=None if sent is None else len(sent), held=held)
         return True
 
-    async def _sent_since(self, since: float, now: float) -> list[Sighting]:
-        by_carrier = since - self._carrier.ahead(now) - CLOCK_SKEW
-        return await self._carrier.sent_since(self._settings.from_number, by_carrier)
+    async def _sent_since(self, restoring: Restoring) -> list[Sighting]:
+        sent = []
+        for sender in {self._settings.from_number, *restoring.senders}:
+            since = restoring.since - self._carrier.ahead(restoring.now) - CLOCK_SKEW
+            sent += await self._carrier.sent_since(sender, since)
+        return sent
 
     async def drain(self, grace: float) -> None:
         """Begin no more calls; let open POSTs finish for `grace` seconds. The rest stays to be doubted."""
@@ -181,7 +199,7 @@ class Dispatcher:
     async def _begin_call(self) -> bool:
         """Begin the next call; False when there is none to begin."""
         async with self._claiming:
-            begun = time.monotonic()  # before the claim: the lease counts from its commit
+            begun = elapsed()  # before the claim: the lease counts from its commit
             fax = None if self._stopping else await self._store.claim_call(self._settings)
             if fax is None or fax.last is None:
                 return False
@@ -196,7 +214,7 @@ class Dispatcher:
     async def _call(self, fax: Fax, attempt: Attempt, begun: float) -> None:
         def may_begin() -> bool:
             """Rule 10: whoever is past the lease may not begin a POST."""
-            return time.monotonic() - begun < self._settings.lease
+            return elapsed() - begun < self._settings.lease
 
         try:
             events = await self._look_before(fax, attempt)
@@ -218,7 +236,10 @@ class Dispatcher:
             try:
                 found = await self._look_at(fax, earlier)
             except Unavailable as error:
-                return [NotTaken(attempt.id, error.cause, error.retry_after)]
+                # The trouble may be this fax's own: the others find out about the carrier by themselves.
+                wait = max(_STILL_OPEN, error.retry_after or 0.0)
+                log.warning("call_withheld", fax=fax.id, attempt=attempt.ordinal, cause=error.cause)
+                return [Withdrawn(attempt.id, error.cause, wait)]
             if found is not None:
                 log.info("call_withheld", fax=fax.id, attempt=attempt.ordinal, found=type(found).__name__)
                 return [Withdrawn(attempt.id, "an earlier attempt", _STILL_OPEN), found]
@@ -238,6 +259,8 @@ class Dispatcher:
                     return Taken(earlier.id, carrier_id)
                 case NoProof(cause):
                     return Unprovable(earlier.id, cause)
+                case Undecided():  # what was proved once cannot be seen now: that permits nothing
+                    raise Unavailable("the carrier's list is behind")
         return None
 
     async def _post(self, fax: Fax, attempt: Attempt, may_begin: Callable[[], bool]) -> Event:
@@ -300,6 +323,10 @@ class Dispatcher:
         try:
             await self._ask_carrier(fax)
             await self._store.asked(fax.id)
+        except asyncio.CancelledError:  # told to stop: it was not this fax that ended the gateway
+            with contextlib.suppress(StoreError):
+                await self._store.asked(fax.id)
+            raise
         except StoreError as error:
             log.warning("store_failed", verb="question", fax=fax.id, error=str(error))
         except Exception as error:  # outermost: the next fax is asked about all the same
@@ -357,6 +384,7 @@ class Dispatcher:
 
     async def _judge(self, fax: Fax, attempt: Attempt) -> Verdict:
         known = await self._store.evidence(fax.number, attempt.from_number)
+        steady = self._steadiness.see(known.now)
         overdue = known.now - attempt.started_at > stuck_limit(fax, self._rules)
         last = not attempt.open or last_check(attempt, known.now, self._rules)
         listed = await self._list(fax.number, attempt, known, last=last)
@@ -372,8 +400,11 @@ class Dispatcher:
             last=last,
             overdue=overdue,
         )
-        if isinstance(verdict, Bind) and await self._store.has_rival(attempt.id, fax.number):
+        if isinstance(verdict, Bind) and await self._store.has_rival(fax, attempt):
             return NoProof("another fax to the number is in doubt too") if overdue else Undecided()
+        unsteady = self._store.shared and steady < self._longest_call
+        if isinstance(verdict, ProvedAbsent) and attempt.open and unsteady:
+            return Undecided()  # another gateway's POST may still be on its way
         return verdict
 
     async def _list(

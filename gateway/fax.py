@@ -74,6 +74,7 @@ from gateway.records import (
     Tell,
     TimePassed,
     Unanswered,
+    Unposted,
     Unprovable,
     Withdrawn,
 )
@@ -170,7 +171,8 @@ def _withdrawn(fax: Fax, event: Withdrawn, now: float, rules: Rules) -> Step:
     attempt = fax.attempt(event.attempt_id)
     if not answers(fax, attempt):
         return Step(fax)
-    return requeue(with_attempt(fax, closed(attempt, End.WITHDRAWN, now)), now + event.wait, now)
+    fax = with_attempt(fax, closed(attempt, End.WITHDRAWN, now))
+    return requeue(fax, now + event.wait, now, (Unposted(attempt.started_at),))
 
 
 def _doubted(fax: Fax, event: Doubted, now: float, rules: Rules) -> Step:
@@ -229,7 +231,7 @@ def _gone(fax: Fax, event: Gone, now: float, rules: Rules) -> Step:
     looked_again = fax.state is State.QUEUED and attempt.end is End.FAILED  # just before the next POST
     if not (looked_again or (fax.state is State.SENDING and attempt.open)):
         return Step(fax)
-    fax, tell = held(fax, HeldFor.GONE, "404")
+    fax, tell = held(with_attempt(fax, replace(attempt, slot=None)), HeldFor.GONE, "404")
     return Step(fax, (*tell, Alert("fax_held", f"Fax {fax.id} is held: the carrier no longer knows it.")))
 
 
@@ -356,9 +358,9 @@ def _account_held(fax: Fax, event: AccountHeld, now: float, rules: Rules) -> Ste
 
 def _set_aside(fax: Fax, event: SetAside, now: float, rules: Rules) -> Step:
     del now, rules
-    # A contradiction stays one: only force calls that fax again.
-    known = {event.why, HeldFor.CONTRADICTION}
-    waits = fax.state is State.HELD and not fax.open_attempts and fax.held_for not in known
+    # Who may call again by force only stays so.
+    known = {event.why, HeldFor.CONTRADICTION, HeldFor.RESTORED}
+    waits = fax.state is State.HELD and fax.held_for not in known
     if not waits and fax.state not in {State.QUEUED, State.SENDING, State.IN_DOUBT}:
         return Step(fax)
     fax, tell = held(fax, event.why, event.detail)

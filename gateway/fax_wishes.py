@@ -78,7 +78,7 @@ def retry_asked(fax: Fax, event: RetryAsked, now: float, rules: Rules) -> Step:
         raise Misfit(f"fax {fax.id} has ended: {fax.state}")
     if fax.state in {State.SUBMITTING, State.SENDING}:
         raise Misfit(f"fax {fax.id} is {fax.state}: its call is open")
-    uncertain = fax.open_attempts or fax.held_for is HeldFor.CONTRADICTION
+    uncertain = fax.open_attempts or fax.held_for in {HeldFor.CONTRADICTION, HeldFor.RESTORED}
     if uncertain and not event.even_if_twice:
         raise Misfit(f"fax {fax.id} may have been sent already; --even-if-twice calls all the same")
     for attempt in fax.attempts if event.even_if_twice else ():

@@ -396,6 +396,13 @@ class Suspect:
 
 
 @dataclass(frozen=True, slots=True)
+class Unposted:
+    """No call was made after all: if it was to be a brake's probe, another fax is, at once."""
+
+    begun: float
+
+
+@dataclass(frozen=True, slots=True)
 class Reached:
     """The carrier let something through: brakes that asked for this proof come off."""
 
@@ -403,7 +410,7 @@ class Reached:
     from_number: str = field(repr=False)
 
 
-Effect = Tell | Alert | Brake | Suspect | Reached
+Effect = Tell | Alert | Brake | Suspect | Unposted | Reached
 
 
 @dataclass(frozen=True, slots=True)

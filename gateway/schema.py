@@ -225,6 +225,7 @@ outbox = Table(
     Column("given_up_at", Float),
     Column("error", String, nullable=False),
     Column("turn", Float, nullable=False, server_default="0"),  # the order of sending: recipients take turns
+    Column("claims", Integer, nullable=False, server_default="0"),  # since somebody last came back from one
 )
 Index("ix_outbox_turn", outbox.c.turn, outbox.c.due_at, outbox.c.lease_until,
       sqlite_where=text("sent_at IS NULL AND given_up_at IS NULL"),

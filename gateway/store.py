@@ -32,9 +32,10 @@ from gateway import (
 from gateway.carrier import CarrierEvent
 from gateway.database import Database
 from gateway.doubt import Sighting
-from gateway.records import Event, Fax, OutboxEntry, Rules
+from gateway.records import Attempt, Event, Fax, OutboxEntry, Rules
 from gateway.store_events import Fate
 from gateway.store_intake import CHUNK, Accepted, Submission
+from gateway.store_restore import Restoring
 from gateway.store_unit import News, Unit
 from gateway.store_work import CallSettings, Evidence
 
@@ -83,6 +84,15 @@ class Store:
         """Where it is, without a password, for the log."""
         return str(self._database.url)
 
+    @property
+    def shared(self) -> bool:
+        """Whether other gateways may work on it at the same time."""
+        return not self._database.alone
+
+    async def now(self) -> float:
+        """Return the time by the clock that all its times are of."""
+        return await self._do(lambda unit: unit.now)
+
     def _unit(self, connection: Connection) -> Unit:
         return Unit(connection, self._clock(connection), self._rules, self._postmaster)
 
@@ -118,9 +128,9 @@ class Store:
         """Gather what is known about a doubt, before the carrier is asked."""
         return await self._do(store_work.evidence, number, from_number)
 
-    async def has_rival(self, attempt_id: str, number: str) -> bool:
-        """Tell whether what the carrier shows may be another attempt to the number, in doubt as well."""
-        return await self._do(store_work.has_rival, attempt_id, number)
+    async def has_rival(self, fax: Fax, attempt: Attempt) -> bool:
+        """Tell whether what the carrier shows may be a call of another fax to the number, also in doubt."""
+        return await self._do(store_work.has_rival, fax, attempt)
 
     async def bound_ids(self, carrier_ids: list[str]) -> frozenset[str]:
         """Return those of the carrier's ids that are attempts of ours."""
@@ -142,13 +152,13 @@ class Store:
         """Let nothing be called until the carrier was asked what happened since the backup."""
         await self._do(store_restore.begin_restore)
 
-    async def restoring(self) -> tuple[float, float] | None:
+    async def restoring(self) -> Restoring | None:
         """Return up to when a restored database knows everything, and now; None: no restore is under way."""
         return await self._do(store_restore.restoring)
 
-    async def end_restore(self, sent: Sequence[Sighting]) -> int:
+    async def end_restore(self, sent: Sequence[Sighting] | None, control: str | None) -> int:
         """Set aside the waiting faxes that may be among `sent`; return how many."""
-        return await self._do(store_restore.end_restore, sent)
+        return await self._do(store_restore.end_restore, sent, control)
 
     async def pass_time(self) -> int:
         """Let time happen to every fax whose time has come; return how many it changed."""

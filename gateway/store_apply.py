@@ -43,10 +43,11 @@ from gateway.records import (
     Suspect,
     Taken,
     Tell,
+    Unposted,
     Unprovable,
     Withdrawn,
 )
-from gateway.store_brakes import account_held_for, drop_brakes, set_brake
+from gateway.store_brakes import account_held_for, drop_brakes, return_probe, set_brake
 from gateway.store_unit import Change, Turn, Unit, take_turn, upsert
 
 
@@ -283,6 +284,8 @@ def _carry_out(unit: Unit, fax: Fax, event: Event, effect: Effect) -> None:
         case Reached(proof, from_number) if isinstance(event, Taken | Reported):
             begun = fax.attempt(event.attempt_id).started_at
             drop_brakes(unit, proof, from_number, begun)
+        case Unposted(begun):
+            return_probe(unit, begun)
         case Suspect(cause):
             take_turn(unit, Turn.REFUSAL)
             suspects = unit.connection.execute(_SUSPECTS, {"cause": cause}).all()

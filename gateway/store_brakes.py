@@ -62,6 +62,18 @@ def drop_brakes(unit: Unit, proof: Proof, from_number: str, begun: float) -> Non
     unit.connection.execute(_DROP_BRAKES, values)
 
 
+_RETURN_PROBE = (
+    s.brakes.update()
+    .where(_PROBED, s.brakes.c.probe_at == sa.bindparam("begun") + s.brakes.c.wait)
+    .values(probe_at=sa.bindparam("at"))
+)
+
+
+def return_probe(unit: Unit, begun: float) -> None:
+    """Let another fax be the probe of a brake in place of one that was begun then and never posted."""
+    unit.connection.execute(_RETURN_PROBE, {"begun": begun, "at": unit.now})
+
+
 _ACCOUNT_HOLD = sa.select(s.brakes.c.cause).where(s.brakes.c.kind == "hold", s.brakes.c.scope == "account")
 
 

@@ -35,14 +35,20 @@ _DUE = (
 _LEASE = (
     s.outbox.update()
     .where(s.outbox.c.id == sa.bindparam("entry_id"))
-    .values(lease_until=sa.bindparam("until"), fence=s.outbox.c.fence + 1)
+    .values(lease_until=sa.bindparam("until"), fence=s.outbox.c.fence + 1, claims=s.outbox.c.claims + 1)
 )
 _HELD_BY = (s.outbox.c.id == sa.bindparam("entry_id"), s.outbox.c.fence == sa.bindparam("held"), PENDING)
 _SENT = s.outbox.update().where(*_HELD_BY).values(sent_at=sa.bindparam("at"), payload=None, error="")
 _DEFERRED = (
     s.outbox.update()
     .where(*_HELD_BY)
-    .values(due_at=sa.bindparam("at"), lease_until=0.0, tries=s.outbox.c.tries + 1, error=sa.bindparam("why"))
+    .values(
+        due_at=sa.bindparam("at"),
+        lease_until=0.0,
+        tries=s.outbox.c.tries + 1,
+        claims=0,
+        error=sa.bindparam("why"),
+    )
 )
 _GIVEN_UP = (
     s.outbox.update()
@@ -62,9 +68,11 @@ def claim_notices(unit: Unit, most: int) -> list[OutboxEntry]:
     """
     due = []
     rows = unit.connection.execute(_DUE, {"now": unit.now, "most": most}).all()
-    for row in suspects_apart(rows, lambda row: row.fence > row.tries):
-        unit.connection.execute(_LEASE, {"entry_id": row.id, "until": unit.now + NOTICE_LEASE})
-        if row.fence - row.tries >= HARMFUL_AFTER:
+    for row in suspects_apart(rows, lambda row: row.claims > 0):
+        # Whoever is to be sent alone waits for the others first.
+        lease = NOTICE_LEASE * (2 if row.claims else 1)
+        unit.connection.execute(_LEASE, {"entry_id": row.id, "until": unit.now + lease})
+        if row.claims >= HARMFUL_AFTER:
             given_up(unit, row.id, row.fence + 1, "the gateway came to an end each time it worked on it")
             continue
         entry = _entry(unit, row)
@@ -82,7 +90,7 @@ def claim_notices(unit: Unit, most: int) -> list[OutboxEntry]:
 
 
 def _entry(unit: Unit, row: Row[Any]) -> OutboxEntry:
-    entry = OutboxEntry(row.id, row.recipient, row.queued_at, row.tries, row.fence + 1, row.fence > row.tries)
+    entry = OutboxEntry(row.id, row.recipient, row.queued_at, row.tries, row.fence + 1, row.claims > 0)
     payload: bytes = row.payload or b""
     if row.fax_id is None:
         if row.cause is None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import sqlalchemy as sa
 
 from gateway import schema as s
-from gateway.doubt import Sighting
+from gateway.doubt import WRONG_ZONE, Sighting
 from gateway.records import (
     AccountHeld,
     Attempt,
@@ -136,7 +136,10 @@ _QUESTIONS = (
         s.faxes.c.due_at <= sa.bindparam("now"),
         s.faxes.c.lease_until <= sa.bindparam("now"),
     )
-    .order_by(s.faxes.c.due_at)
+    # Whose question got no answer comes again behind those that wait for theirs.
+    .order_by(
+        sa.case((s.faxes.c.lease_until > s.faxes.c.due_at, s.faxes.c.lease_until), else_=s.faxes.c.due_at)
+    )
     .limit(sa.bindparam("most"))
     .with_for_update(skip_locked=True)
 )
@@ -157,14 +160,11 @@ def claim_questions(unit: Unit, most: int) -> list[Fax]:
     rows = unit.connection.execute(_QUESTIONS, {"now": unit.now, "most": most}).all()
     claimed = []
     for row in suspects_apart(rows, lambda row: row.asks > 0):
-        if row.asks >= HARMFUL_AFTER:
-            apply(
-                unit,
-                row.id,
-                SetAside(HeldFor.HARMFUL, "the gateway came to an end at each question about it"),
-            )
-            continue
         unit.connection.execute(_LEASE, {"fax_id": row.id, "until": unit.now + QUESTION_LEASE})
+        if row.asks >= HARMFUL_AFTER:
+            cause = "the gateway came to an end at each question about it"
+            apply(unit, row.id, SetAside(HeldFor.HARMFUL, cause))
+            continue
         claimed.append(load(unit.connection, row.id))
     return claimed
 
@@ -205,13 +205,17 @@ def evidence(unit: Unit, number: str, from_number: str) -> Evidence:
     return Evidence(told, newest.carrier_id, newest.started_at, unit.now)
 
 
-def has_rival(unit: Unit, attempt_id: str, number: str) -> bool:
-    """Tell whether another open attempt to the number has no carrier's id either: a find may be that one's.
+def has_rival(unit: Unit, fax: Fax, attempt: Attempt) -> bool:
+    """Tell whether an open attempt of another fax has no carrier's id either: a find may be that one's.
 
-    That can be only after a call was given up as stuck; until then the number is blocked (rule 4).
+    That can be only after a call was given up as stuck; until then the number is blocked (rule 4). One that
+    began long before or after the attempt is no rival.
     """
-    rows = unit.connection.execute(NAMELESS, {"number": number}).mappings()
-    return any(row["open"] and row["id"] != attempt_id for row in rows)
+    rows = unit.connection.execute(NAMELESS, {"number": fax.number}).mappings()
+    return any(
+        row["open"] and row["fax_id"] != fax.id and abs(row["started_at"] - attempt.started_at) < WRONG_ZONE
+        for row in rows
+    )
 
 
 def bound_ids(unit: Unit, carrier_ids: list[str]) -> frozenset[str]:
@@ -258,6 +262,7 @@ _UNTOLD_WAITING = (
     .limit(_MOST)
 )
 _HELD = sa.select(s.brakes.c.cause).where(s.brakes.c.kind == "hold").limit(1)
+_RESTORING = sa.select(s.brakes.c.since).where(s.brakes.c.kind == "restore")
 
 
 def pass_time(unit: Unit) -> int:
@@ -273,7 +278,7 @@ def pass_time(unit: Unit) -> int:
         if fax.state is State.SUBMITTING:  # and no late answer was faster
             apply(unit, fax_id, Doubted(fax.attempts[-1].id, "lease ran out"), version=fax.version)
     due = [
-        *_ids(unit, _EXPIRED, now),
+        *([] if unit.connection.execute(_RESTORING).first() else _ids(unit, _EXPIRED, now)),
         *_ids(unit, _UNTOLD, {"before": unit.now - rules.delayed_after}),
         *_ids(unit, _QUIET, {"before": unit.now - rules.stuck_after}),
     ]
@@ -310,18 +315,24 @@ def take_over(unit: Unit, from_number: str, *, alone: bool) -> int:
 
     Mails that wait for the relay are tried at once: whoever corrected its address restarts.
     """
+    stale = s.brakes.c.scope.not_in(["account", from_number])  # holds of a number that we no longer send from
+    unit.connection.execute(s.brakes.delete().where(stale))
     if not alone:
         # The others live: what they hold stays theirs until its lease has run out.
         free = s.outbox.c.lease_until <= unit.now
         unit.connection.execute(s.outbox.update().where(PENDING, free).values(due_at=unit.now))
         return 0
+    claims = doubt_claims(unit)
+    unit.connection.execute(_ASK_ALL)
+    unit.connection.execute(_ASK_SENDING, {"at": unit.now})
+    unit.connection.execute(s.outbox.update().where(PENDING).values(lease_until=0.0, due_at=unit.now))
+    return claims
+
+
+def doubt_claims(unit: Unit) -> int:
+    """Take every call that was about to be handed over for doubtful; return how many."""
     ids = _ids(unit, _SUBMITTING, {})
     for fax_id in ids:
         attempt = load(unit.connection, fax_id).attempts[-1]
         apply(unit, fax_id, Doubted(attempt.id, "the gateway stopped"))
-    stale = s.brakes.c.scope.not_in(["account", from_number])  # holds of a number that we no longer send from
-    unit.connection.execute(s.brakes.delete().where(stale))
-    unit.connection.execute(_ASK_ALL)
-    unit.connection.execute(_ASK_SENDING, {"at": unit.now})
-    unit.connection.execute(s.outbox.update().where(PENDING).values(lease_until=0.0, due_at=unit.now))
     return len(ids)

@@ -39,6 +39,7 @@ def shorten() -> None:
     daemon.CALL_LEASE = CALL_LEASE
     daemon.DRAIN_LIMIT = POST_LIMIT + 1.0
     store_work.QUESTION_LEASE = POST_LIMIT + 2.0
+    vars(daemon)["POST_LIMIT"] = POST_LIMIT  # imported there
     # A retry that meets a call which should have ended, and the events that nobody claimed.
     dispatch._STILL_OPEN = 2.0
     dispatch._SWEEP_EVERY = 2.0

@@ -22,6 +22,7 @@ POLICY = Policy(
     premium=False,
     sender_networks=(ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128")),
     sender_addresses=("*",),
+    own_address="notices@fax-office.example",
 )
 WORLD = dataclasses.replace(POLICY, countries=frozenset())
 GERMANY = dataclasses.replace(POLICY, default_region="DE", countries=frozenset({"DE"}))
@@ -303,10 +304,14 @@ def test_without_networks_nobody_may_send() -> None:
         ("ann@example.com", (), False),
         ("", ("*",), False),
         ("<>", ("*",), False),
+        ("anybody@fax.local", ("*",), False),
+        ("+13127367276@FAX.example.com", ("*",), False),
+        ("Notices@fax-office.example", ("*",), False),
+        ("ann@fax-office.example", ("*",), True),
     ],
 )
 def test_senders(sender: str, globs: tuple[str, ...], allowed: bool) -> None:  # noqa: FBT001  (a table)
-    """Only listed senders may send, and only who can be answered."""
+    """Only listed senders may send, and only who can be answered: nobody reads what comes to the gateway."""
     policy = dataclasses.replace(POLICY, sender_addresses=globs)
     if allowed:
         policy.permit_sender(sender)

@@ -117,7 +117,7 @@ def test_reply_goes_back_into_the_senders_thread() -> None:
     assert found["Reply-To"] == "postmaster@example.com"
     assert found["In-Reply-To"] == "<offer-4711@example.org>"
     assert found["References"] == "<first@example.org> <second@example.org> <offer-4711@example.org>"
-    assert found["Message-ID"] == "<m1-1.delivered@fax.example.com>"
+    assert found["Message-ID"] == "<m1-1.delivered@fax.local>"
     assert found["Auto-Submitted"] == "auto-replied"
     assert found["Date"].datetime.timestamp() == LATER
 

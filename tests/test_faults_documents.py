@@ -1,7 +1,9 @@
 """Documents that crash or hang whoever looks at them, under a real daemon."""
 
 import asyncio
+import contextlib
 import smtplib
+import sqlite3
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -48,6 +50,22 @@ async def w(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
         yield made
         await made.everyone_told()
         assert list((folder / "incoming").iterdir()) == []
+
+
+async def test_a_document_that_changed_in_the_store_is_not_sent(w: World) -> None:
+    """If the stored octets are not those that were checked, nothing is sent and the sender is told."""
+    number = next(FREE)
+    assert (await w.gateway.run("hold", "--all"))[0] == 0
+    mail_id = await w.mail(number)
+    other = "CAST(substr(data, 1, 200) || X'00' || substr(data, 202) AS BLOB)"
+    with contextlib.closing(sqlite3.connect(w.gateway.folder / "gateway.db", timeout=30)) as database:
+        database.execute(f"UPDATE document_chunks SET data = {other}")  # noqa: S608 -- ours
+        database.commit()
+    assert (await w.gateway.run("release", "--all"))[0] == 0
+    reply = await w.reply(f"{mail_id}-1")
+    assert (reply["X-Fax-Outcome"], reply["X-Fax-Reason"]) == ("failed", "document_refused")
+    assert w.taken(number) == []
+    assert number not in w.posts
 
 
 async def test_a_document_that_crashes_or_hangs_its_worker(w: World) -> None:

@@ -92,7 +92,7 @@ def check_fax(fax: Fax) -> None:
     """Assert what must hold of a fax at any time."""
     for attempt in fax.attempts:
         assert attempt.open or not attempt.blocking
-        assert (attempt.slot is None) == (not attempt.blocking)
+        assert attempt.slot is None or attempt.blocking
         assert attempt.open == (attempt.end is None)
     assert sum(attempt.blocking for attempt in fax.attempts) <= 1
     assert (fax.held_for is not None) == (fax.state is State.HELD)

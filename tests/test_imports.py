@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("doubt", "schedule"),
     ("records",),
     ("reasons",),
-    ("config", "config_values", "log", "metrics", "bell", "systemd"),
+    ("clocks", "config", "config_values", "log", "metrics", "bell", "systemd"),
 )  # fmt: skip
 """From the roof to the ground; a module may import what stands on floors below its own."""
 

@@ -141,7 +141,7 @@ async def test_silence_after_the_dot_repeats_the_same_mail() -> None:
         loop.wait(60.0)
         await loop.settled(DELIVERED)
         arrived = email.message_from_bytes(relay.taken[-1].data)
-        assert arrived["Message-ID"] == "<m1-1.delivered@fax.example.com>"
+        assert arrived["Message-ID"] == "<m1-1.delivered@fax.local>"
         assert "no answer in time" in loop.shelf.whys[0]
 
 

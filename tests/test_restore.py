@@ -4,7 +4,7 @@ import shutil
 import sqlite3
 from pathlib import Path
 
-from harness import World, numbers, until, world
+from harness import World, numbers, program_after, until, world
 
 FREE = numbers()
 
@@ -53,7 +53,8 @@ async def test_what_was_sent_since_the_backup_is_not_sent_again(tmp_path: Path) 
 
 async def test_a_restore_goes_on_after_a_crash_and_waits_for_the_carrier(tmp_path: Path) -> None:
     """Nothing is called before the carrier has answered, whatever an operator says, restarts included."""
-    async with world(tmp_path) as w:
+    soon = program_after("from gateway import dispatch\ndispatch._RESTORE_EVERY = 0.1")
+    async with world(tmp_path, program=soon) as w:
         await w.gateway.run("hold", "--all")
         fax_id = f"{await w.mail(next(FREE))}-1"
         copy = backup(tmp_path)

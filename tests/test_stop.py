@@ -224,6 +224,7 @@ async def test_an_intent_written_as_the_stop_begins_is_still_carried_out(tmp_pat
         dispatcher = Dispatcher(
             store, carrier, settings=settings, rules=RULES, metrics=Metrics(), keep_documents=1.0,
             keep_records=1.0,
+            longest_post=0.0,
         )  # fmt: skip
         loop = asyncio.create_task(dispatcher.run_calls(Bell().listener()))
         await gate.reached()

@@ -2,7 +2,7 @@
 
 import pytest
 import stores
-from faxes import DAY, FROM, NUMBER
+from faxes import DAY, FROM, NUMBER, STUCK
 from stores import SETTINGS, TriedStore, newest, numbers, reported
 
 from gateway.records import (
@@ -40,11 +40,8 @@ async def test_a_notice_that_its_end_overtook_is_not_sent(store: TriedStore) -> 
     assert (await store.count()).outbox == 0
 
 
-async def test_a_hold_of_a_number_that_is_no_longer_ours_ends_with_the_restart(
-    sqlite_store: TriedStore,
-) -> None:
+async def test_a_hold_of_a_number_that_is_no_longer_ours_ends_with_the_restart(store: TriedStore) -> None:
     """When the number that faxes are sent from was changed, the hold of the old one stops nobody."""
-    store = sqlite_store
     await store.queued()
     fax = await store.claimed()
     await store.apply(fax.id, Rejected(newest(fax), Blame.SENDER, "HTTP 403", "account_disabled"))
@@ -53,6 +50,16 @@ async def test_a_hold_of_a_number_that_is_no_longer_ours_ends_with_the_restart(
     assert await store.brakes() == {("hold", FROM)}
     await store.take_over("+13125550199")
     assert await store.brakes() == set()
+
+
+async def test_questions_that_get_no_answer_harm_nobody(store: TriedStore) -> None:
+    """However often the carrier does not answer about a call, its fax is not set aside for that."""
+    fax = await store.called()
+    for _ in range(12):
+        store.clock.now += 300.0
+        for due in await store.claim_questions(9):
+            await store.asked(due.id)
+    assert (await store.fax(fax.id)).state is State.SENDING
 
 
 async def test_an_ended_fax_is_renewed_once(store: TriedStore) -> None:
@@ -108,9 +115,9 @@ async def test_two_doubts_about_one_number_know_of_each_other(store: TriedStore)
     first = await store.queued()
     doubt = await store.apply(first.id, Doubted(newest(await store.claimed()), "timeout"))
     await store.apply(first.id, Unprovable(newest(doubt), "no list"))
-    assert not await store.has_rival(newest(doubt), NUMBER)
-    store.clock.now += DAY  # given up as stuck: the number is free
+    assert not await store.has_rival(doubt, doubt.attempts[0])
+    store.clock.now += STUCK + 1  # given up as stuck: the number is free
     await store.pass_time()
     await store.queued()
     await store.claimed()
-    assert await store.has_rival(newest(doubt), NUMBER)
+    assert await store.has_rival(doubt, doubt.attempts[0])

@@ -121,7 +121,7 @@ async def test_a_mail_that_the_gateway_falls_over_is_given_up(store: TriedStore)
     await store.webhook(reported("c1", Stage.DELIVERED))
     for _ in range(5):
         assert len(await store.claim_notices(4)) == 1
-        store.clock.now += NOTICE_LEASE + 1
+        store.clock.now += 2 * NOTICE_LEASE + 1
     await due(store, "other")
     entries = [*await store.claim_notices(4), *await store.claim_notices(4)]
     told = {entry.recipient: entry.alert or "" for entry in entries}

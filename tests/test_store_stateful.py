@@ -111,6 +111,7 @@ class Gateway:
         self._dispatcher = Dispatcher(
             self.store, carrier, settings=SETTINGS, rules=RULES, metrics=METRICS, keep_documents=DAY,
             keep_records=365 * DAY,
+            longest_post=0.0,
         )  # fmt: skip
         self._loops = {
             "calls": (self._dispatcher.run_calls, Turns()),
