@@ -153,11 +153,11 @@ class Store:
         await self._do(store_restore.begin_restore)
 
     async def restoring(self) -> Restoring | None:
-        """Return up to when a restored database knows everything, and now; None: no restore is under way."""
+        """Return what the carrier is to be asked about a restored database; None: no restore is under way."""
         return await self._do(store_restore.restoring)
 
     async def end_restore(self, sent: Sequence[Sighting] | None, control: str | None) -> int:
-        """Set aside the waiting faxes that may be among `sent`; return how many."""
+        """Set aside the faxes that may be among `sent`, or all; return how many."""
         return await self._do(store_restore.end_restore, sent, control)
 
     async def pass_time(self) -> int:

@@ -269,7 +269,7 @@ async def test_holding_the_queue_keeps_mail_and_calls_nobody(w: World) -> None:
     assert (code, output) == (0, f"{three}: cancelled\n")
     reply = await w.reply(three)
     assert reply["X-Fax-Outcome"] == "cancelled"
-    assert "No call had been made; nothing was sent." in words(reply)
+    assert "No call for it is on record here." in words(reply)
     code, output, _ = await w.gateway.run("list")
     assert code == 0
     assert output.startswith("! operator since ")
