@@ -8,7 +8,8 @@ queue), `store_outbox` (mail out), `store_desk` (operators, purge) and `store_re
 Promises: a verb that returned is on the disk. Of every change of a fax, alert and brake `observe` hears after
 the commit.
 
-Fails: `StoreFull` and `StoreUnavailable`; verbs about one fax also `UnknownFax`, `Misfit` or `Conflict`.
+Fails: `StoreFull` and `StoreUnavailable`; verbs about one fax also `UnknownFax`, `Misfit` or `Conflict`, and
+`release_all` also `StillRestoring`.
 """
 
 import asyncio
@@ -197,7 +198,7 @@ class Store:
         await self._do(store_brakes.hold_all)
 
     async def release_all(self) -> None:
-        """End the operator's hold; other holds are probed at once."""
+        """End the operator's hold; other holds are probed at once. Raises StillRestoring."""
         await self._do(store_brakes.release_all)
 
     async def list_faxes(self, states: tuple[str, ...], most: int) -> list[store_desk.Listed]:
