@@ -25,6 +25,7 @@ from gateway import __version__
 if TYPE_CHECKING:
     from gateway.config import Fault, Settings
     from gateway.reasons import Reason
+    from gateway.telnyx import Finding
 
 EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_IOERR, EX_TEMPFAIL, EX_CONFIG = 64, 65, 69, 74, 75, 78
 DEFAULT_CONFIG = Path("/etc/email-fax-gateway/config.toml")
@@ -95,7 +96,7 @@ def serve(
     except daemon.StoreEnded as error:
         end(EX_IOERR, f"the store can keep nothing more, and was closed: {error}")
     except StoreError as error:
-        end(EX_UNAVAILABLE, f"cannot start: the database does not answer now: {error}")
+        end(EX_UNAVAILABLE, f"cannot start: the database cannot be used now: {error}")
     except (OSError, ChildFailed) as error:
         taken = isinstance(error, OSError) and error.errno in {errno.EADDRINUSE, errno.EACCES}
         where = "smtp.listen or http.listen: " if taken else ""
@@ -105,7 +106,9 @@ def serve(
 @app.command()
 def check(
     config: Config = None,
-    online: Annotated[bool, typer.Option("--online", help="Also ask the carrier, read-only.")] = False,
+    online: Annotated[
+        bool, typer.Option("--online", help="Also ask carrier and database, read-only.")
+    ] = False,
 ) -> None:
     """Validate the configuration and print every fault at once.
 
@@ -124,9 +127,29 @@ async def _check_online(settings: "Settings") -> int:
 
     async with carrier_of(settings) as carrier:
         findings = await carrier.check()
+    findings.append(await _check_store(settings))
     for finding in findings:
         typer.echo(f"{finding.level}: {finding.text}")
     return EX_CONFIG if any(finding.level == "error" for finding in findings) else 0
+
+
+async def _check_store(settings: "Settings") -> "Finding":
+    """Open the database as the operators' commands do: nothing in it, and no file, is made or changed."""
+    from gateway.database import NotYet, StoreError
+    from gateway.telnyx import Finding
+    from gateway.wiring import open_store
+
+    try:
+        store = open_store(settings, serve=False)
+        try:
+            await store.count()
+        finally:
+            await store.close()
+    except NotYet as error:  # so it is before the first start, and after an upgrade
+        return Finding("warning", f"store.url: {error}")
+    except (OSError, StoreError) as error:
+        return Finding("error", f"store.url: {error}")
+    return Finding("ok", "store.url: the database can be used")
 
 
 @app.command()

@@ -4,7 +4,8 @@ In charge of: asking the store, and telling the answer to a person or, with `--j
 
 Promises: a change goes through the same door as every event; the running daemon notices it within a second.
 
-Fails: 65 with one line when there is no such fax or it cannot be done now; 78 when there is no database.
+Fails: 65 with one line when there is no such fax or it cannot be done to it; 75 when the database cannot be
+used now, or a restored one may not be released yet; 78 when there is no database.
 """
 
 import asyncio
@@ -21,7 +22,7 @@ from gateway.cli import EX_CONFIG, EX_DATAERR, EX_TEMPFAIL, EX_USAGE, Config, en
 if TYPE_CHECKING:
     from gateway.records import Event
     from gateway.store import Store
-    from gateway.store_desk import Counts, Dossier, Listed
+    from gateway.store_desk import Counts, Dossier, Listed, StandingBrake
 
 T = TypeVar("T")
 
@@ -64,16 +65,18 @@ def list_faxes(
         end(EX_USAGE, f"--state {wrong[0]}: the states are {', '.join(State)}")
 
     async def ask(store: "Store") -> "tuple[list[Listed], Counts]":
-        return await store.list_faxes(states, most), await store.count()
+        return await store.list_faxes(states, most + 1), await store.count()
 
     faxes, counts = _run(config, ask)
+    if len(faxes) > most:
+        faxes.pop()
+        typer.echo(f"fax-gateway: these are the newest {most}; --most {10 * most} shows more", err=True)
     if as_json:
         brakes = [dataclasses.asdict(brake) for brake in counts.brakes]
         _print_json({"faxes": [dataclasses.asdict(fax) for fax in faxes], "holds": brakes})
         return
     for brake in counts.brakes:
-        probe = f"next probe {_time(brake.probe_at)}" if brake.probe_at else "until released"
-        typer.echo(f"! {brake.kind} since {_time(brake.since)}: {brake.cause} ({probe})")
+        typer.echo(f"! {brake.kind} since {_time(brake.since)}: {brake.cause} ({_end_of(brake)})")
     rows: list[tuple[str, ...]] = [("ID", "STATE", "NUMBER", "PAGES", "CALLS", "ACCEPTED", "NEXT", "SENDER")]
     rows += [
         (
@@ -89,6 +92,12 @@ def list_faxes(
         for fax in faxes
     ]
     _print_table(rows)
+
+
+def _end_of(brake: "StandingBrake") -> str:
+    if brake.kind == "restore":
+        return "until the carrier has answered"
+    return f"next probe {_time(brake.probe_at)}" if brake.probe_at else "until released"
 
 
 def show(fax_id: Name, config: Config = None, as_json: Json = False) -> None:
@@ -251,6 +260,7 @@ def _each(config: Any, name: str, wish: "Callable[[Store, str], Awaitable[str]]"
 def _run(config: Any, ask: "Callable[[Store], Awaitable[T]]") -> T:
     from gateway.database import StoreError, WrongDatabase
     from gateway.store_apply import UnknownFax
+    from gateway.store_brakes import StillRestoring
     from gateway.wiring import open_store
 
     settings, _ = load_settings(config, secrets=False)
@@ -268,8 +278,10 @@ def _run(config: Any, ask: "Callable[[Store], Awaitable[T]]") -> T:
         end(EX_CONFIG, f"store.url: {error}")
     except UnknownFax as error:
         end(EX_DATAERR, str(error))
+    except StillRestoring as error:
+        end(EX_TEMPFAIL, str(error))
     except StoreError as error:
-        end(EX_TEMPFAIL, f"the store does not answer now: {error}")
+        end(EX_TEMPFAIL, f"the database cannot be used now: {error}")
 
 
 def _print_json(value: object) -> None:

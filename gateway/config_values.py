@@ -181,7 +181,8 @@ def _number(value: object) -> str:
 
 
 def _secret(value: object) -> SecretStr:
-    return SecretStr(_match(r"[!-~]*", value, "must be a text in quotes, without blanks and line ends")[0])
+    says = "must be a text in quotes, plain ASCII without blanks and line ends"
+    return SecretStr(_match(r"[!-~]*", value, says)[0])
 
 
 def _public_key(value: object) -> str:
@@ -293,10 +294,21 @@ def _store_url(value: object) -> SecretStr:
         'or "postgresql://user:password@host/database"'
     )
     text = value.get_secret_value() if isinstance(value, SecretStr) else value
-    url = _match(
-        r"sqlite:////[^?#\s]*[^/?#\s]|postgresql://([^/?#\s]*@)?[^/?#\s@]*/[^/?#\s]+(\?[^#\s]+)?", text, says
-    )
-    return SecretStr(url[0])
+    if isinstance(text, str) and text.startswith("postgresql://"):
+        # What SQLAlchemy reads otherwise than libpq shall not wait for the start of the daemon.
+        user = r"([^/?#\s@]*@)?"
+        if re.match(rf"postgresql://{user}[^/?#\s@]*,[^/?#\s@]*/", text):
+            raise ValueError(
+                "takes several hosts as parameters, as in "
+                '"postgresql://user:password@/database?host=db1:5432&host=db2:5432"'
+            )
+        host = r"(\[[0-9a-fA-F:.]+\]|[^/?#\s@:\[\]]*)(:[0-9]{1,5})?"
+        says = (
+            'must be "postgresql://user:password@host:port/database"; in a password, '
+            "@ is written as %40, : as %3A, / as %2F, % as %25"
+        )
+        return SecretStr(_match(rf"postgresql://{user}{host}/[^/?#\s]+(\?[^#\s]+)?", text, says)[0])
+    return SecretStr(_match(r"sqlite:////[^?#\s]*[^/?#\s]", text, says)[0])
 
 
 StoreUrl = Annotated[SecretStr, PlainValidator(_store_url)]

@@ -50,6 +50,10 @@ class WrongDatabase(StoreError):
     """The database cannot be used by this program as it is; the text says what to do."""
 
 
+class NotYet(WrongDatabase):
+    """A start of the daemon makes it usable: there is none, or it is empty or older than the program."""
+
+
 @dataclass(slots=True)
 class Unit:
     """One unit of work, and whoever waits for it."""
@@ -153,6 +157,8 @@ class Database(abc.ABC):
                 migrations.upgrade(connection)
             else:
                 migrations.require_current(connection)
+        except migrations.NotYet as error:
+            raise NotYet(str(error)) from error
         except migrations.WrongRevision as error:
             raise WrongDatabase(str(error)) from error
 

@@ -248,7 +248,7 @@ async def _show_way(
         demonstration.tell(f"a mail with sample.pdf goes from {SENDER} to {NUMBER}@fax.local")
         await demonstration.mail(port, document)
         reply = await demonstration.replies.get()
-    demonstration.tell("the sender's reply:")
+    demonstration.tell("the sender's reply (the duration is simulated):")
     demonstration.print_reply(reply)
     if once:
         return 0 if reply["X-Fax-Outcome"] == "delivered" else 1

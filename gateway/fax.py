@@ -131,7 +131,9 @@ def _taken(fax: Fax, event: Taken, now: float, rules: Rules) -> Step:
     # A call found after a doubt may have ended long ago, and told us so in vain.
     ask_now = fax.cancel_asked or attempt.doubted_at is not None
     due_at = now if ask_now else now + first_poll(fax, rules)
-    fax = replace(fax, state=State.SENDING, due_at=due_at, held_for=None, held_detail="")
+    fax = replace(fax, due_at=due_at)
+    if fax.held_for is not HeldFor.RESTORED:  # that one may have been called again since
+        fax = replace(fax, state=State.SENDING, held_for=None, held_detail="")
     return Step(fax, (*effects, Reached(Proof.TAKEN, attempt.from_number)))
 
 
@@ -326,7 +328,8 @@ def _time_passed(fax: Fax, event: TimePassed, now: float, rules: Rules) -> Step:
     if fax.final:
         return Step(fax)
     effects: list[Effect] = []
-    if fax.state in {State.QUEUED, State.HELD} and not fax.open_attempts and now >= fax.give_up_at:
+    uncertain = fax.open_attempts or fax.held_for is HeldFor.RESTORED
+    if fax.state in {State.QUEUED, State.HELD} and not uncertain and now >= fax.give_up_at:
         return failed_for_good(fax, last_reason(fax), now, ())
     for attempt in fax.open_attempts:
         quiet = now - max(attempt.changed_at, attempt.started_at)
@@ -358,7 +361,7 @@ def _account_held(fax: Fax, event: AccountHeld, now: float, rules: Rules) -> Ste
 
 def _set_aside(fax: Fax, event: SetAside, now: float, rules: Rules) -> Step:
     del now, rules
-    # Who may call again by force only stays so.
+    # What only force calls again stays so.
     known = {event.why, HeldFor.CONTRADICTION, HeldFor.RESTORED}
     waits = fax.state is State.HELD and fax.held_for not in known
     if not waits and fax.state not in {State.QUEUED, State.SENDING, State.IN_DOUBT}:

@@ -16,7 +16,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import psycopg
@@ -87,10 +87,10 @@ class PostgresqlDatabase(Database):
     # --- opening and closing ---------------------------------------------------------------------------
 
     def _connect(self, *, serve: bool) -> Iterable[Callable[[], None]]:
-        self._writer = self._engine({"default_transaction_isolation": r"read\ committed"}, WRITERS + 2)
-        self._reader = self._engine(
-            {"default_transaction_isolation": r"repeatable\ read", "default_transaction_read_only": "on"}, 1
-        )
+        self._writer = self._engine(r"read\ committed", "BEGIN", WRITERS + 2)
+        # Not the session: of a read-only one libpq's `target_session_attrs=read-write` holds that the server
+        # does not write.
+        self._reader = self._engine(r"repeatable\ read", "BEGIN READ ONLY", 1)
         try:
             with self._writer.begin() as connection:
                 driver: Any = connection.connection.driver_connection
@@ -112,12 +112,13 @@ class PostgresqlDatabase(Database):
         self._changed.set()
         super().close()
 
-    def _engine(self, options: Mapping[str, str], size: int) -> Engine:
+    def _engine(self, isolation: str, begin: str, size: int) -> Engine:
+        options = {**_LIMITS, "default_transaction_isolation": isolation}
         engine = sa.create_engine(
             self.url,
             connect_args={
                 "connect_timeout": CONNECT_LIMIT,
-                "options": " ".join(f"-c {name}={value}" for name, value in {**_LIMITS, **options}.items()),
+                "options": " ".join(f"-c {name}={value}" for name, value in options.items()),
                 "application_name": "fax-gateway",
                 # A server that was unplugged is noticed within half a minute.
                 "keepalives_idle": 15,
@@ -132,8 +133,14 @@ class PostgresqlDatabase(Database):
         self.engines.append(engine)
         sa.event.listen(engine, "do_connect", _open)
         sa.event.listen(engine, "connect", _configure)
-        sa.event.listen(engine, "begin", _begin)
         sa.event.listen(engine, "after_cursor_execute", _note)
+
+        @sa.event.listens_for(engine, "begin")
+        def start(connection: Connection) -> None:
+            # Both in one journey; BEGIN turns the transaction of the first statement into its own.
+            connection.info["now"] = connection.exec_driver_sql(f"{_NOW}; {begin}").scalar_one()
+            connection.info["changed"] = False
+
         return engine
 
     # --- work --------------------------------------------------------------------------------------------
@@ -264,7 +271,14 @@ class _Connection(psycopg.Connection[Any]):
 
 
 def _open(_dialect: object, _record: object, arguments: Any, options: Any) -> _Connection:
-    return _Connection.connect(*arguments, **options)
+    connection = _Connection.connect(*arguments, **options)
+    # Before SQLAlchemy asks it anything: what SQL_ASCII answers is octets, which it does not understand.
+    if connection.info.parameter_status("server_encoding") != "UTF8":
+        connection.close()
+        raise WrongDatabase(
+            "the database must have the encoding UTF8: create it with ENCODING 'UTF8' TEMPLATE template0"
+        )
+    return connection
 
 
 def _configure(connection: DBAPIConnection, _record: object) -> None:
@@ -280,14 +294,6 @@ def _configure(connection: DBAPIConnection, _record: object) -> None:
             )
     if driver.info.server_version < OLDEST:
         raise WrongDatabase(f"PostgreSQL {OLDEST // 10000} or newer is needed")
-    if driver.info.parameter_status("server_encoding") != "UTF8":
-        raise WrongDatabase("the database must have the encoding UTF8: create it with TEMPLATE template0")
-
-
-def _begin(connection: Connection) -> None:
-    # Both in one journey; BEGIN turns the transaction of the first statement into its own.
-    connection.info["now"] = connection.exec_driver_sql(f"{_NOW}; BEGIN").scalar_one()
-    connection.info["changed"] = False
 
 
 def _note(
@@ -320,5 +326,5 @@ def translate(error: Exception) -> Exception:
     cause: Any = getattr(error, "orig", None) or error
     # The message's other parts show values: numbers, addresses.
     primary = cause.diag.message_primary if isinstance(cause, psycopg.Error) else None
-    text = f"{type(cause).__name__}: {primary or str(cause).partition(chr(10))[0]}"
+    text = primary or str(cause).partition("\n")[0] or type(cause).__name__
     return StoreFull(text) if _sqlstate(error) in _FULL else StoreUnavailable(text)

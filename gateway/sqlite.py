@@ -24,7 +24,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.engine.interfaces import DBAPIConnection
 
-from gateway.database import Database, StoreFull, StoreUnavailable, Unit, WrongDatabase
+from gateway.database import Database, NotYet, StoreFull, StoreUnavailable, Unit, WrongDatabase
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for another process's write
 GROUP_LIMIT = 256  # units in one transaction
@@ -57,7 +57,7 @@ class SqliteDatabase(Database):
         if serve:
             self._claim(path)
         elif not path.exists():
-            raise WrongDatabase(f"there is no database at {path}: `fax-gateway serve` creates it")
+            raise NotYet(f"there is no database at {path}: `fax-gateway serve` creates it")
         try:
             fresh = path.stat().st_size == 0
             self._writer = self._engine(begin="BEGIN IMMEDIATE", fresh=fresh, read_only=False)

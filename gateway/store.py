@@ -8,7 +8,8 @@ queue), `store_outbox` (mail out), `store_desk` (operators, purge) and `store_re
 Promises: a verb that returned is on the disk. Of every change of a fax, alert and brake `observe` hears after
 the commit.
 
-Fails: `StoreFull` and `StoreUnavailable`; verbs about one fax also `UnknownFax`, `Misfit` or `Conflict`.
+Fails: `StoreFull` and `StoreUnavailable`; verbs about one fax also `UnknownFax`, `Misfit` or `Conflict`, and
+`release_all` also `StillRestoring`.
 """
 
 import asyncio
@@ -153,11 +154,11 @@ class Store:
         await self._do(store_restore.begin_restore)
 
     async def restoring(self) -> Restoring | None:
-        """Return up to when a restored database knows everything, and now; None: no restore is under way."""
+        """Return what the carrier is to be asked about a restored database; None: no restore is under way."""
         return await self._do(store_restore.restoring)
 
     async def end_restore(self, sent: Sequence[Sighting] | None, control: str | None) -> int:
-        """Set aside the waiting faxes that may be among `sent`; return how many."""
+        """Set aside the faxes that may be among `sent`, or all; return how many."""
         return await self._do(store_restore.end_restore, sent, control)
 
     async def pass_time(self) -> int:
@@ -197,7 +198,7 @@ class Store:
         await self._do(store_brakes.hold_all)
 
     async def release_all(self) -> None:
-        """End the operator's hold; other holds are probed at once."""
+        """End the operator's hold; other holds are probed at once. Raises StillRestoring."""
         await self._do(store_brakes.release_all)
 
     async def list_faxes(self, states: tuple[str, ...], most: int) -> list[store_desk.Listed]:

@@ -6,7 +6,7 @@ over.
 Promises: a brake stays, through restarts too, until a probe reached what it asked for, or an operator ended
 it; a clock that was set back prolongs none.
 
-Fails: like the database.
+Fails: `StillRestoring`; otherwise like the database.
 """
 
 from typing import Any
@@ -15,6 +15,7 @@ import sqlalchemy as sa
 
 from gateway import reasons
 from gateway import schema as s
+from gateway.database import StoreError
 from gateway.reasons import Kind
 from gateway.records import Brake, Proof
 from gateway.schedule import until_midnight
@@ -23,6 +24,10 @@ from gateway.store_unit import Unit, upsert
 _BRAKE_WAITS = {"pause": (60.0, 900.0), "hold": (300.0, 3600.0)}  # first and longest wait of the probes, s
 _FARTHEST_PROBE = 3600.0  # seconds: the longest wait of ours, and the longest that a carrier may ask for
 _PROBED = s.brakes.c.kind.in_(["hold", "pause"])  # the others end by other ways
+
+
+class StillRestoring(StoreError):
+    """What was sent since a backup is not known yet; the text is for the operator."""
 
 
 def set_brake(unit: Unit, brake: Brake) -> None:
@@ -120,6 +125,15 @@ def hold_all(unit: Unit) -> None:
 
 
 def release_all(unit: Unit) -> None:
-    """End the operator's hold, and let the probes of the other holds and pauses go at once."""
+    """End the operator's hold, and let the probes of the other holds and pauses go at once.
+
+    Raises StillRestoring while a restored database may not know what was sent: the operator could not look at
+    that yet, so the hold stays.
+    """
+    if unit.connection.execute(sa.select(s.brakes.c.kind).where(s.brakes.c.kind == "restore")).first():
+        raise StillRestoring(
+            "first the carrier must tell what was sent since the backup (`restore_checked` in the log): "
+            "the hold stays, try again later"
+        )
     unit.connection.execute(s.brakes.delete().where(s.brakes.c.kind == "operator"))
     unit.connection.execute(s.brakes.update().where(_PROBED).values(probe_at=unit.now))

@@ -1,6 +1,6 @@
 """What operators and monitors see, what they may do at once to everything, and what is thrown away.
 
-In charge of: lists, histories, counts; `hold --all` and `release --all`; purging documents and old records.
+In charge of: lists, histories, counts; purging documents and old records.
 
 Promises: reading changes nothing. A document goes only when every fax of its mail has ended, every reply is
 out or given up, and `keep_documents` has passed; its pages are overwritten and given back to the disk.

@@ -241,7 +241,7 @@ _EXPIRED = (
     sa.select(s.faxes.c.id)
     .where(s.faxes.c.ended_at.is_(None), s.faxes.c.give_up_at <= sa.bindparam("now"))
     .where(s.faxes.c.state.in_([State.QUEUED.value, State.HELD.value]))
-    .where(~_OPEN)
+    .where(s.faxes.c.held_for.is_distinct_from(HeldFor.RESTORED.value), ~_OPEN)
     .limit(_MOST)
 )
 _UNTOLD = (

@@ -186,6 +186,35 @@ async def test_check_says_that_the_configuration_is_good(w: World) -> None:
     assert len(w.posts) == calls
 
 
+async def test_check_online_opens_the_database(w: World, tmp_path: Path) -> None:
+    """An unreachable database is an error, one that the first start makes is none, and nothing is made."""
+    name = f"sqlite:///{w.gateway.folder}/gateway.db"
+    answers = []
+    for url in (name, f"sqlite:///{tmp_path}/none.db", "postgresql://fax:hush@127.0.0.1:1/fax"):
+        config = tmp_path / "config.toml"
+        config.write_text(w.gateway.config.read_text().replace(name, url))
+        answers.append(await _run("check", "--online", "--config", str(config)))
+    assert [code for code, _, _ in answers] == [0, 0, 78]
+    good, none, away = (output.splitlines()[-1] for _, output, _ in answers)
+    assert good == "ok: store.url: the database can be used"
+    assert none.startswith("warning: store.url: there is no database at ")
+    assert away.startswith("error: store.url: ")
+    assert "refused" in away
+    assert "hush" not in away
+    assert not (tmp_path / "none.db").exists()
+
+
+async def test_a_list_that_was_cut_says_so(w: World) -> None:
+    """`list` shows the newest; that there are more, and how to see them, is told beside it."""
+    await w.replies(next(FREE), next(FREE))
+    code, output, errors = await w.gateway.run("list", "--all", "--most", "1")
+    assert (code, len(output.splitlines())) == (0, 2)
+    assert errors == "fax-gateway: these are the newest 1; --most 10 shows more\n"
+    listed = json.loads((await w.gateway.run("list", "--all", "--most", "1", "--json"))[1])
+    assert len(listed["faxes"]) == 1
+    assert (await w.gateway.run("list", "--all", "--most", "500"))[2] == ""
+
+
 async def test_send_goes_through_the_door(w: World, tmp_path: Path) -> None:
     """`send` mails a PDF, also a large one, through the daemon's own door, under the same rules."""
     document, number = tmp_path / "letter.pdf", next(FREE)
@@ -269,7 +298,7 @@ async def test_holding_the_queue_keeps_mail_and_calls_nobody(w: World) -> None:
     assert (code, output) == (0, f"{three}: cancelled\n")
     reply = await w.reply(three)
     assert reply["X-Fax-Outcome"] == "cancelled"
-    assert "No call had been made; nothing was sent." in words(reply)
+    assert "No call for it is on record here." in words(reply)
     code, output, _ = await w.gateway.run("list")
     assert code == 0
     assert output.startswith("! operator since ")

@@ -26,7 +26,7 @@ async def test_the_demonstration_shows_the_whole_way_and_ends() -> None:
     process = await _demo("--once")
     output = (await process.communicate())[0].decode()
     assert process.returncode == 0, output
-    steps = ("HTTP on", "said 250", "goes to the carrier", "took it as", "ended: delivered", "reply:")
+    steps = ("HTTP on", "said 250", "goes to the carrier", "took it as", "ended: delivered", "reply (")
     places = [output.index(step) for step in steps]
     assert places == sorted(places)
     assert "Subject: Fax delivered: +1 312-555-0100, 1 page" in output

@@ -96,13 +96,13 @@ polled failed, user_busy     | -    *    *    queu -    *    *    queu queu -   
 polled failed, success       | -    *    *    held -    *    *    same same -    -    -    -    *    -    *
 time                         | -    -    -    -    -    -    -    -    -    -    -    -    -    -    -    -
 4 h pass                     | same same same held -    -    same -    same -    -    -    -    same -    -
-a day passes                 | fail same same held fail fail same -    same fail -    -    -    same fail fail
+a day passes                 | fail same same held fail fail same -    same fail -    -    -    same -    fail
 account held                 | same -    -    -    -    queu -    -    -    -    -    -    -    -    -    -
-set aside                    | held -    held held same same -    -    -    -    -    -    -    -    -    same
+set aside                    | held -    held held same same same same same -    -    -    -    same -    same
 hold                         | held no   no   no   no   no   no   no   no   no   no   no   no   no   no   no
 release                      | no   no   no   no   queu queu in_d send send no   no   no   no   in_d queu queu
 cancel                       | canc same same same canc canc canc canc canc canc no   no   no   canc canc canc
-retry                        | same no   no   no   queu queu no   no   no   no   no   no   no   no   queu queu
+retry                        | same no   no   no   queu queu no   no   no   no   no   no   no   no   no   queu
 retry even if twice          | same no   queu no   queu queu queu queu queu queu no   no   no   queu queu queu
 """
 ROWS = [line.split("|") for line in MACHINE.strip().splitlines()[1:]]

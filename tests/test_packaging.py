@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from gateway.config import CREDENTIALS
+
 ROOT = Path(__file__).parent.parent
 UNIT = ROOT / "systemd" / "email-fax-gateway.service"
 
@@ -219,10 +221,7 @@ def test_the_unit_gives_the_daemon_what_it_counts_on() -> None:
 def test_a_secret_that_is_kept_elsewhere_does_not_stop_the_service() -> None:
     """Credentials go by name: systemd.exec(5) passes over a missing name, but not a missing path."""
     credentials = dict(value.split(":", 1) for value in unit_settings()["LoadCredential"])
-    assert credentials == {
-        key: f"email-fax-gateway.{key}"
-        for key in ("telnyx.api_key", "telnyx.public_key", "replies.relay_password")
-    }
+    assert credentials == {key: f"email-fax-gateway.{key}" for key in CREDENTIALS}
 
 
 @needs_systemd

@@ -18,7 +18,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.engine import Connection
 
 from gateway import migrations, postgresql
-from gateway.database import Conflict, StoreError, StoreUnavailable, Work, WrongDatabase
+from gateway.database import Conflict, NotYet, StoreError, StoreUnavailable, Work, WrongDatabase
 from gateway.postgresql import PostgresqlDatabase
 from gateway.schema import metadata
 
@@ -49,7 +49,7 @@ def test_gateways_that_start_at_once_create_the_tables_once(nothing: str) -> Non
 
 def test_only_a_server_sets_a_database_up(nothing: str) -> None:
     """A command that meets an empty database says what is to be done, and changes nothing."""
-    with pytest.raises(WrongDatabase, match="start `fax-gateway serve` once"):
+    with pytest.raises(NotYet, match="no tables yet: start `fax-gateway serve` once, it makes them"):
         PostgresqlDatabase(nothing).open(serve=False)
     assert execute(nothing, "SELECT tablename FROM pg_tables WHERE schemaname = 'public'") == []
 
@@ -83,13 +83,28 @@ def test_a_server_that_does_not_write_is_refused(machine: Server, setting: str) 
         machine.stop()
 
 
-def test_an_encoding_that_loses_letters_is_refused() -> None:
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_an_encoding_that_loses_letters_is_refused(encoding: str) -> None:
     """Names and subjects come from everywhere: only UTF8 holds them all."""
-    server = postgres.server()
-    server.execute("CREATE DATABASE latin TEMPLATE template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'")
+    server, name = postgres.server(), encoding.lower()
+    server.execute(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' LOCALE 'C'")
     with pytest.raises(WrongDatabase, match="encoding UTF8"):
-        PostgresqlDatabase(server.url("latin")).open(serve=True)
-    server.drop(server.url("latin"))
+        PostgresqlDatabase(server.url(name)).open(serve=True)
+    server.drop(server.url(name))
+
+
+async def test_of_two_servers_the_one_that_writes_is_used(url: str) -> None:
+    """The URL of the manual with two hosts works, for reading too, while the first of them is away."""
+    port, name = postgres.server().port, url.rpartition("/")[2]
+    hosts = f"host=127.0.0.1:1&host=127.0.0.1:{port}"
+    async with gateway(f"postgresql://postgres:hush@/{name}?{hosts}&target_session_attrs=read-write") as (
+        one,
+        _,
+    ):
+        await one.write(say("written"))
+        assert await one.read(lambda connection: list(connection.execute(sa.select(WORDS)).scalars())) == [
+            "written"
+        ]
 
 
 @pytest.mark.parametrize("serve", [True, False])

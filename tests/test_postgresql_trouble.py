@@ -152,6 +152,17 @@ async def test_nobody_waits_for_a_lock_for_ever(url: str, monkeypatch: pytest.Mo
     assert words(url) == {"theirs, then ours"}
 
 
+async def test_a_server_that_does_not_answer_is_told_in_words(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operator reads that there was no answer and for how long, and no name out of the program."""
+    monkeypatch.setattr(postgresql, "ANSWER_LIMIT", 1.0)
+    monkeypatch.setattr(postgresql._Connection, "patience", 1.0)
+    async with gateway(url) as (database, _):
+        with pytest.raises(StoreUnavailable, match=r"^no answer within 1 s$"):
+            await database.write(statement("SELECT pg_sleep(15)"))
+
+
 async def test_nobody_waits_for_a_thread_that_ended(url: str) -> None:
     """Should a fault of ours ever end a thread, whoever asks hears that the store is away; and it closes."""
     broken: list[Exception] = []

@@ -61,11 +61,20 @@ async def test_a_restore_goes_on_after_a_crash_and_waits_for_the_carrier(tmp_pat
         w.carrier.set_account("503")
         await restore(w, tmp_path, copy)
         await until(lambda: w.gateway.said("restore_checked"), "the carrier to be asked in vain")
-        await w.gateway.run("release", "--all")
+        code, _, errors = await w.gateway.run("release", "--all")
+        assert code == 75
+        assert errors.startswith("fax-gateway: first the carrier must tell what was sent since the backup")
+        holds = (await w.gateway.run("list"))[1].splitlines()[:2]
+        assert any(line.startswith("! operator since ") for line in holds)
+        assert any(
+            line.startswith("! restore since ") and line.endswith("(until the carrier has answered)")
+            for line in holds
+        )
         await w.gateway.kill()
         await w.restart()
         await until(lambda: w.gateway.said("restore_checked"), "the carrier to be asked in vain again")
         assert w.gateway.said("call_begun") == []
         w.carrier.set_account("ok")
         await until(lambda: w.gateway.said("restore_checked", held=0), "the carrier to answer")
+        assert (await w.gateway.run("release", "--all"))[0] == 0
         await w.reply(fax_id, "delivered")

@@ -65,7 +65,7 @@ async def test_a_start_on_a_locked_database_is_told_and_a_later_one_works(
     with lock(store_of(w)):
         code, line = await _refused(w.gateway, "serve")
     assert code == 69
-    assert line.startswith("fax-gateway: cannot start: the database does not answer now: ")
+    assert line.startswith("fax-gateway: cannot start: the database cannot be used now: ")
     assert "locked" in line
     await w.restart()
     (reply,) = await w.replies(next(FREE))
@@ -94,7 +94,7 @@ async def test_a_start_that_cannot_take_over_open_calls_is_told_and_a_later_one_
     )
     code, line = await _refused(w.gateway, "serve")
     assert code == 69
-    assert line.startswith("fax-gateway: cannot start: the database does not answer now: ")
+    assert line.startswith("fax-gateway: cannot start: the database cannot be used now: ")
     assert "a fault of the disk" in line
     assert rows(store_of(w), f"SELECT state FROM faxes WHERE mail_id = '{mail_id}'") == [("submitting",)]  # noqa: S608 -- ours
     _write(store_of(w), "DROP TRIGGER fault")
@@ -154,7 +154,7 @@ async def test_a_command_on_a_database_that_stays_locked_gives_up(
         )
     assert {code for code, _ in answers} == {75}
     for _, line in answers:
-        assert line.startswith("fax-gateway: the store does not answer now: ")
+        assert line.startswith("fax-gateway: the database cannot be used now: ")
         assert "locked" in line
     assert _kept(store) == before
     if not serving:

@@ -7,14 +7,18 @@ import stores
 from faxes import DAY, FROM, HOUR, NOW, Maker
 from stores import SETTINGS, TriedStore, newest, numbers, reported
 
+from gateway import store_brakes
 from gateway.records import (
     Blame,
+    Brake,
     Fax,
     HeldFor,
     NotTaken,
+    Proof,
     Rejected,
     Stage,
     State,
+    Withdrawn,
 )
 from gateway.store_work import CallSettings
 
@@ -85,6 +89,48 @@ async def test_only_one_fax_is_the_probe(store: TriedStore) -> None:
     assert await store.claim_call(SETTINGS) is None
     store.clock.now += 1
     await store.claimed()
+
+
+async def test_a_probe_that_was_never_posted_is_made_by_another_fax(store: TriedStore) -> None:
+    """When the look before its call holds a probe back, the next fax is the probe, without another wait."""
+    await store.mail_in(*numbers(3))
+    fax = await store.claimed()
+    await store.apply(fax.id, too_many(fax))
+    store.clock.now += 60
+    probe = await store.claimed()
+    store.clock.now += 7
+    await store.apply(probe.id, Withdrawn(newest(probe), "an earlier attempt", 120.0))
+    other = await store.claimed()
+    assert other.id != probe.id
+    assert await store.claim_call(SETTINGS) is None
+    await store.apply(other.id, too_many(other))
+    assert (await next_probe(store))[0] == 120.0
+
+
+async def test_a_probe_that_was_never_posted_shortens_no_other_wait(store: TriedStore) -> None:
+    """A brake that waits for what the carrier said meanwhile keeps its time, and so does a number's hold."""
+    await store.mail_in(*numbers(4))
+    other, fax = await store.claimed(ELSEWHERE), await store.claimed()
+    await store.apply(other.id, rejected(Blame.SENDER)(other))
+    await store.apply(fax.id, too_many(fax))
+    store.clock.now += 60
+    probe = await store.claimed()
+    await store.apply(fax.id, Withdrawn(newest(fax), "too late to say", 0.0))  # its call had ended
+    held, paused = await probe_times(store)
+    assert (held, paused) == (NOW + 300.0, NOW + 60.0 + 120.0)
+    await store.apply(probe.id, Withdrawn(newest(probe), "an earlier attempt", 120.0))
+    assert await probe_times(store) == (NOW + 300.0, NOW + 60.0)
+    probe = await store.claimed()
+    store.clock.now += 1
+    await store._do(store_brakes.set_brake, Brake("pause", "account", "HTTP 429", Proof.TAKEN, 700.0))
+    await store.apply(probe.id, Withdrawn(newest(probe), "an earlier attempt", 120.0))
+    assert await probe_times(store) == (NOW + 300.0, NOW + 761.0)
+
+
+async def probe_times(store: TriedStore) -> tuple[float | None, float | None]:
+    """Return when a probe of the other number's hold, and one of the account's pause, may go."""
+    due = {brake.kind: brake.probe_at for brake in (await store.count()).brakes}
+    return due["hold"], due["pause"]
 
 
 async def test_the_carrier_may_name_the_wait(store: TriedStore) -> None:

@@ -9,15 +9,18 @@ import threading
 from collections import Counter
 from collections.abc import Awaitable
 from dataclasses import replace
+from email.message import EmailMessage
 from typing import Any
 
 import pytest
 import stores
 from faxes import DAY, HOUR, NUMBER, PAGES
+from letters import LETTERHEAD
 from sqlalchemy.engine import Connection
 from stores import LEASE, SETTINGS, TriedStore, newest, numbers, reported
 
 from gateway import store_apply
+from gateway.compose import compose
 from gateway.database import Work
 from gateway.fax_steps import Misfit
 from gateway.records import (
@@ -35,6 +38,7 @@ from gateway.records import (
 )
 from gateway.store_events import Fate
 from gateway.store_intake import CHUNK, NotRenewable
+from gateway.store_outbox import NOTICE_LEASE
 from gateway.store_unit import Change
 
 gateways = stores.gateways
@@ -139,6 +143,20 @@ async def test_a_reply_is_sent_by_one(gateways: Two) -> None:
             handed.update(entry.id for entry in entries)
             assert all(await at_once(*(other.notice_sent(entry.id, entry.fence) for entry in entries)))
     assert handed == Counter(f"{fax_id}.{Notice.CANCELLED}" for fax_id in faxes)
+
+
+async def test_a_reply_that_the_other_repeats_is_recognised(gateways: Two) -> None:
+    """If one dies with a reply in hand, the other sends it under the same Message-ID, whatever its name."""
+    fax = await gateways[0].queued()
+    await gateways[0].apply(fax.id, CancelAsked())
+    ids = []
+    for store, name in zip(gateways, ("fax1.example.com", "fax2.example.com"), strict=True):
+        (entry,) = await store.claim_notices(4)
+        message = compose(entry, replace(LETTERHEAD, hostname=name), store.clock.now, None)
+        assert isinstance(message, EmailMessage)
+        ids.append(message["Message-ID"])
+        store.clock.now += NOTICE_LEASE
+    assert ids == [f"<{fax.id}.cancelled@fax.local>"] * 2
 
 
 # --- compare and set ---------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Callable, Coroutine
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,6 +49,7 @@ from gateway.records import (
     Stage,
     State,
 )
+from gateway.store_brakes import StillRestoring
 
 T = TypeVar("T")
 
@@ -350,7 +351,8 @@ class Lives(RuleBasedStateMachine):
         store = self.gateway.store
         match what:
             case "release":
-                self.do(store.release_all())
+                with suppress(StillRestoring):
+                    self.do(store.release_all())
             case "hold":
                 self.do(store.hold_all())
             case "set aside" if self.accepted:
@@ -478,7 +480,8 @@ class Lives(RuleBasedStateMachine):
             for entry in self.carrier.ledger.values():
                 if not entry.ended:
                     self.carrier.reach(entry, Stage.DELIVERED)
-            self.do(self.gateway.store.release_all())
+            with suppress(StillRestoring):  # until the caretaker has asked the carrier
+                self.do(self.gateway.store.release_all())
             for name in ("caretaker", "questions", "calls", "calls"):
                 self.do(self.gateway.turn(name))
             for fax_id in self.waiting():

@@ -21,6 +21,10 @@ class WrongRevision(Exception):
     """The database is not at this program's revision; the text says what to do."""
 
 
+class NotYet(WrongRevision):
+    """A start of the daemon brings it there."""
+
+
 def revision(connection: Connection) -> str | None:
     """Return the revision that the database is at, None for an empty one."""
     if not sa.inspect(connection).has_table("alembic_version"):
@@ -43,11 +47,16 @@ def upgrade(connection: Connection) -> None:
 
 
 def require_current(connection: Connection) -> None:
-    """Raise WrongRevision unless the database is at the newest revision; inside the caller's transaction."""
+    """Raise WrongRevision unless the database is at the newest revision, NotYet if a start brings it there.
+
+    To be called inside a transaction.
+    """
     current = revision(connection)
     _refuse_newer(current)
+    if current is None:
+        raise NotYet("the database has no tables yet: start `fax-gateway serve` once, it makes them")
     if current != REVISIONS[-1]:
-        raise WrongRevision(
+        raise NotYet(
             "the database is older than this program: start `fax-gateway serve` once, it upgrades it"
         )
 
