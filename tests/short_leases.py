@@ -25,8 +25,8 @@ from gateway import (
     wiring,
 )
 
-POST_LIMIT = 3.0
-CALL_LEASE = POST_LIMIT + 2.0
+POST_LIMIT = 1.5
+CALL_LEASE = POST_LIMIT + 1.0
 LAST_CHECK = CALL_LEASE + POST_LIMIT + 1.0
 """Seconds after the POST; `telnyx.doubt_checks` must not end earlier."""
 REPLY_LIMIT = 3.0

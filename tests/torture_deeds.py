@@ -30,7 +30,7 @@ LONGEST_START = 15.0  # seconds
 LONGEST_STOP = 20.0  # seconds from SIGTERM
 LINES_KEPT = 400  # of a gateway's log, in memory
 
-CLIENT_MOMENTS = ("in the middle of DATA", "after the final dot", "after the commit, before the 250")
+CLIENT_MOMENTS = ("in the middle of DATA", "after the final dot", "the 250 said and not heard")
 CARRIER_MOMENTS = ("after the POST was read", "right before the 202", "right after the 202")
 WEBHOOK_MOMENTS = ("in the middle of a webhook", "before a webhook's answer arrives")
 RELAY_MOMENTS = ("in a reply's RCPT", "in a reply's DATA", "after a reply's final dot")

@@ -289,7 +289,7 @@ class MailServer:
         finally:
             answered.cancel()
             await asyncio.gather(answered, return_exceptions=True)
-        if await self._reached("after the commit, before the 250", gateway):
+        if await self._reached("the 250 said and not heard", gateway):
             return False  # on the way, and never heard
         self._note(answer, letter)
         conversation.mails += 1

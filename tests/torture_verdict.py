@@ -94,8 +94,8 @@ class Verdict:
 
     @property
     def clean(self) -> bool:
-        """Whether nothing is wrong."""
-        return not any(self.findings.values())
+        """Whether nothing is wrong, and nothing is left to people."""
+        return not (any(self.findings.values()) or self.held)
 
 
 def judge(ledgers: Ledgers) -> Verdict:
@@ -106,6 +106,8 @@ def judge(ledgers: Ledgers) -> Verdict:
         for number in mail.numbers:
             if not mail.told:
                 verdict.strange[number] = "never answered 250"
+            if not {*mail.told} <= {fax.mail_id for fax in faxes[number]}:
+                verdict.strange[number] = "the id in the 250 is not that of the mail"
             if fault := _lost(faxes[number], calls[number], ledgers.ends.get(number)):
                 verdict.lost[number] = fault
             if fault := _doubled(calls[number], faxes[number]):

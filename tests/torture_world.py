@@ -55,7 +55,7 @@ class World:
         settings["http"] |= {"listen": f"127.0.0.1:{ports[1]}"}
         settings["telnyx"] |= {
             "channels": 60, "poll_after": "2s",
-            "doubt_checks": ["500ms", "1500ms", "3s", "6s", f"{short_leases.LAST_CHECK:.0f}s"],
+            "doubt_checks": ["500ms", "1s", "2s", "3s", f"{short_leases.LAST_CHECK:.0f}s"],
         }  # fmt: skip
         settings["retries"] = {"busy": ["1s"] * 4, "no_answer": ["500ms"] * 3, "line": ["500ms"] * 3,
                                "provider": ["500ms"] * 3, "declined": ["500ms"]}  # fmt: skip
