@@ -44,7 +44,7 @@ EVENTS: Mapping[str, str] = MappingProxyType(
         "session_refused": "peer, answer: too many connections, commands, or a network not allowed",
         # Calls
         "call_begun": "fax, attempt, to, pages: the intent is on the disk, the request goes out",
-        "call_withheld": "fax, attempt, found: the look before a call found that it must not be made",
+        "call_withheld": "fax, attempt, found, cause: the look before a call found why it must not be made",
         "call_taken": "fax, attempt, carrier_id, seconds: the carrier has it",
         "call_refused": "fax, attempt, cause: certainly not taken, for a reason that stays",
         "call_unavailable": "fax, attempt, cause: certainly not taken, for now",

@@ -110,7 +110,7 @@ class MemoryCarrier:
 
     def read_event(self, headers: Mapping[str, str], body: bytes, now: float) -> CarrierEvent:
         """Nothing: there is no webhook door here."""
-        raise NotImplementedError(headers, body, now)
+        raise AssertionError(headers, body, now)
 
     async def _question(self) -> None:
         if self.hangs:

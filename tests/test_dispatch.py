@@ -85,7 +85,7 @@ class ScriptedCarrier:
 
     def read_event(self, headers: Mapping[str, str], body: bytes, now: float) -> CarrierEvent:
         """Nothing: there is no webhook door here."""
-        raise NotImplementedError(headers, body, now)
+        raise AssertionError(headers, body, now)
 
 
 def at(store: TriedStore, carrier: ScriptedCarrier, settings: CallSettings = SETTINGS) -> Dispatcher:

@@ -114,11 +114,12 @@ def test_a_missing_reply_is_found() -> None:
 
 
 def test_a_fax_that_waits_for_a_person_is_counted_apart() -> None:
-    """A held fax is neither lost nor unanswered."""
+    """A held fax is neither lost nor unanswered, and yet not what a run should end with."""
     held = Stored("m-1", "m", ONE, "held", 9.0, None)
     verdict = changed(faxes=[held, *GOOD.faxes[1:]], replies=GOOD.replies[1:])
-    assert verdict.clean
+    assert not any(verdict.findings.values())
     assert verdict.held == ["m-1"]
+    assert not verdict.clean
 
 
 def test_a_reply_that_came_again_by_another_name_is_found() -> None:
