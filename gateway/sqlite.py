@@ -18,13 +18,14 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.engine.interfaces import DBAPIConnection
 
 from gateway.database import Database, NotYet, StoreFull, StoreUnavailable, Unit, WrongDatabase
+from gateway.sqlite_statements import Statements
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for another process's write
 GROUP_LIMIT = 256  # units in one transaction
@@ -131,7 +132,8 @@ class SqliteDatabase(Database):
 
     def _write_loop(self) -> None:
         with self._writer.connect() as connection:
-            seen = _news_of(connection)
+            statements = Statements(connection)
+            seen = _news_of(statements.driver)
             while True:
                 try:
                     units = self._group(self._writes.get(timeout=NEWS_INTERVAL))
@@ -140,8 +142,8 @@ class SqliteDatabase(Database):
                 if units is None:
                     return
                 if units:
-                    _run_group(connection, units)
-                latest = _news_of(connection)
+                    _run_group(connection, statements, units)
+                latest = _news_of(statements.driver)
                 if latest != seen:  # a look that changed nothing must not wake those who look
                     seen = latest
                     self._news()
@@ -165,18 +167,19 @@ class SqliteDatabase(Database):
 
     def _read_loop(self) -> None:
         with self._reader.connect() as connection:
+            statements = Statements(connection)
             while (unit := self._reads.get()) is not None:
-                _run_group(connection, [unit])
+                _run_group(connection, statements, [unit])
 
 
-def _run_group(connection: Connection, units: list[Unit]) -> None:
+def _run_group(connection: Connection, statements: Statements, units: list[Unit]) -> None:
     """Run the units in one transaction; their callers hear once it is committed."""
     outcomes: list[tuple[Any, Exception | None]] = []
     begun = False
     try:
         with connection.begin():
             begun = True
-            outcomes.extend(_run_unit(connection, unit) for unit in units)
+            outcomes.extend(_run_unit(statements, unit) for unit in units)
     except Exception as error:
         if _fsync_failed(error):
             for unit in units:
@@ -185,7 +188,7 @@ def _run_group(connection: Connection, units: list[Unit]) -> None:
         if begun and len(units) > 1:
             # A full disk makes SQLite undo everybody's work: who is not to blame gets another transaction.
             for unit in units:
-                _run_group(connection, [unit])
+                _run_group(connection, statements, [unit])
             return
         outcomes = [(None, translate(error))] * len(units)
     for unit, (result, failure) in zip(units, outcomes, strict=True):
@@ -194,22 +197,22 @@ def _run_group(connection: Connection, units: list[Unit]) -> None:
 
 def _fsync_failed(error: Exception) -> bool:
     """Whether nobody knows what is on the disk: a later fsync would confirm what the first one lost."""
-    return getattr(getattr(error, "orig", None), "sqlite_errorname", "") in _UNSAFE
+    return getattr(getattr(error, "orig", error), "sqlite_errorname", "") in _UNSAFE
 
 
-def _run_unit(connection: Connection, unit: Unit) -> tuple[Any, Exception | None]:
+def _run_unit(statements: Statements, unit: Unit) -> tuple[Any, Exception | None]:
     """Run one unit in a savepoint; return its result or its fault. Raises when the transaction is gone."""
-    connection.exec_driver_sql("SAVEPOINT unit")
+    statements.driver.execute("SAVEPOINT unit")
     result, failure = None, None
     try:
-        result = unit.work(connection)
+        result = unit.work(cast("Connection", statements))  # which are all of it that a unit needs
     except Exception as error:  # noqa: BLE001 -- belongs to the caller, who gets it
         try:
-            connection.exec_driver_sql("ROLLBACK TO unit")
-        except sa.exc.SQLAlchemyError:
+            statements.driver.execute("ROLLBACK TO unit")
+        except sqlite3.Error:
             raise error from None
         failure = translate(error)
-    connection.exec_driver_sql("RELEASE unit")
+    statements.driver.execute("RELEASE unit")
     return result, failure
 
 
@@ -243,10 +246,9 @@ def _empty_log(path: str) -> None:
         raise translate(error) from error
 
 
-def _news_of(connection: Connection) -> tuple[int, int]:
+def _news_of(driver: sqlite3.Connection) -> tuple[int, int]:
     """Return what changes when another process committed (PRAGMA data_version) or we changed a row."""
-    driver: Any = connection.connection.driver_connection  # SQLAlchemy would begin a transaction
-    try:
+    try:  # not by way of SQLAlchemy, which would begin a transaction
         row = driver.execute("PRAGMA data_version").fetchone()
     except sqlite3.Error:
         return 0, driver.total_changes

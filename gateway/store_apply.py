@@ -48,7 +48,7 @@ from gateway.records import (
     Withdrawn,
 )
 from gateway.store_brakes import account_held_for, drop_brakes, return_probe, set_brake
-from gateway.store_unit import Change, Turn, Unit, take_turn, upsert
+from gateway.store_unit import Change, Turn, Unit, Upsert, take_turn
 
 
 class UnknownFax(StoreError):
@@ -217,12 +217,18 @@ CLAIM_EVENT = (
 )
 
 
+# Not DO NOTHING: that would not wait for whoever found the row there too.
+_KNOW = Upsert(
+    s.carrier_ids,
+    lambda insert: insert.on_conflict_do_update(
+        index_elements=["carrier_id"], set_={"seen_at": s.carrier_ids.c.seen_at}
+    ),
+)
+
+
 def know_carrier_id(unit: Unit, carrier_id: str) -> None:
     """Insert the carrier's id where answers and events meet; the second to come waits for the first."""
-    insert = upsert(unit.connection, s.carrier_ids).values(carrier_id=carrier_id, seen_at=unit.now)
-    # Not DO NOTHING: that would not wait for whoever found the row there too.
-    same = {"seen_at": s.carrier_ids.c.seen_at}
-    unit.connection.execute(insert.on_conflict_do_update(index_elements=["carrier_id"], set_=same))
+    _KNOW.run(unit, {"carrier_id": carrier_id, "seen_at": unit.now})
 
 
 def _contested(unit: Unit, fax_id: str, event: Taken, owner: str) -> Fax:
@@ -302,6 +308,8 @@ _LAST_TURN = sa.select(sa.func.max(s.outbox.c.turn)).where(
     sa.text("sent_at IS NULL AND given_up_at IS NULL"), s.outbox.c.recipient == sa.bindparam("of")
 )
 
+_POST = Upsert(s.outbox, lambda insert: insert.on_conflict_do_nothing())
+
 
 def post(
     unit: Unit, entry_id: str, recipient: str, *, fax_id: str | None = None, notice: str | None = None,
@@ -318,8 +326,7 @@ def post(
         "payload": payload, "queued_at": unit.now, "due_at": unit.now, "lease_until": 0.0, "fence": 0,
         "tries": 0, "error": "", "turn": turn,
     }  # fmt: skip
-    insert = upsert(unit.connection, s.outbox).values(values).on_conflict_do_nothing()
-    unit.connection.execute(insert)
+    _POST.run(unit, values)
 
 
 def alert(unit: Unit, effect: Alert) -> None:

@@ -19,11 +19,14 @@ from gateway.database import StoreError
 from gateway.reasons import Kind
 from gateway.records import Brake, Proof
 from gateway.schedule import until_midnight
-from gateway.store_unit import Unit, upsert
+from gateway.store_unit import Unit, Upsert
 
 _BRAKE_WAITS = {"pause": (60.0, 900.0), "hold": (300.0, 3600.0)}  # first and longest wait of the probes, s
 _FARTHEST_PROBE = 3600.0  # seconds: the longest wait of ours, and the longest that a carrier may ask for
-_PROBED = s.brakes.c.kind.in_(["hold", "pause"])  # the others end by other ways
+_PROBED = sa.or_(s.brakes.c.kind == "hold", s.brakes.c.kind == "pause")  # the others end by other ways
+
+
+ADD_BRAKE = Upsert(s.brakes, lambda insert: insert.on_conflict_do_nothing())
 
 
 class StillRestoring(StoreError):
@@ -47,7 +50,7 @@ def set_brake(unit: Unit, brake: Brake) -> None:
             "since": unit.now,
             "wait": min(first * 2, longest),
         }
-        unit.connection.execute(upsert(unit.connection, s.brakes).values(values).on_conflict_do_nothing())
+        ADD_BRAKE.run(unit, values)
     else:
         doubled = min(known * 2, longest)
         unit.connection.execute(s.brakes.update().where(*where).values(values | {"wait": doubled}))
@@ -57,7 +60,7 @@ _DROP_BRAKES = s.brakes.delete().where(
     _PROBED,
     s.brakes.c.proof <= sa.bindparam("reached"),
     s.brakes.c.since <= sa.bindparam("begun"),  # an older call proves nothing
-    s.brakes.c.scope.in_(["account", sa.bindparam("sender")]),
+    sa.or_(s.brakes.c.scope == "account", s.brakes.c.scope == sa.bindparam("sender")),
 )
 
 
@@ -121,7 +124,7 @@ def hold_all(unit: Unit) -> None:
         "kind": "operator", "scope": "account", "cause": "an operator said hold --all", "since": unit.now,
         "probe_at": None, "wait": 0.0, "proof": int(Proof.CALLED),
     }  # fmt: skip
-    unit.connection.execute(upsert(unit.connection, s.brakes).values(values).on_conflict_do_nothing())
+    ADD_BRAKE.run(unit, values)
 
 
 def release_all(unit: Unit) -> None:

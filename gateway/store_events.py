@@ -29,7 +29,7 @@ from gateway.store_apply import (
     read_report,
     write_report,
 )
-from gateway.store_unit import Unit, upsert
+from gateway.store_unit import Unit, Upsert
 
 _MOST = 200  # events in one look, so that it holds up nobody
 
@@ -81,15 +81,19 @@ def _place(unit: Unit, event_id: str, sighting: Sighting, report: Report | None)
     return Fate.APPLIED, owner.fax_id
 
 
+_ADD_EVENT = Upsert(
+    s.carrier_events, lambda insert: insert.on_conflict_do_nothing().returning(s.carrier_events.c.id)
+)
+
+
 def _add_event(unit: Unit, event: CarrierEvent) -> bool:
     seen = event.sighting
-    insert = upsert(unit.connection, s.carrier_events).values(
-        id=event.id, carrier_id=seen.carrier_id, type=event.type, received_at=unit.now,
-        to_number=seen.to_number, from_number=seen.from_number, connection_id=seen.connection_id,
-        occurred_at=seen.seen_at, report=write_report(event.report),
-    )  # fmt: skip
-    insert = insert.on_conflict_do_nothing().returning(s.carrier_events.c.id)
-    return unit.connection.execute(insert).first() is not None
+    values = {
+        "id": event.id, "carrier_id": seen.carrier_id, "type": event.type, "received_at": unit.now,
+        "to_number": seen.to_number, "from_number": seen.from_number, "connection_id": seen.connection_id,
+        "occurred_at": seen.seen_at, "report": write_report(event.report),
+    }  # fmt: skip
+    return _ADD_EVENT.run(unit, values).first() is not None
 
 
 def _fitting(unit: Unit, sighting: Sighting) -> list[tuple[str, Attempt]]:

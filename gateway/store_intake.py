@@ -20,7 +20,7 @@ from gateway.database import StoreError
 from gateway.reasons import Kind, lookup
 from gateway.records import End, Fax, ReceivedMail, State
 from gateway.store_apply import fax_values, load, post
-from gateway.store_unit import Turn, Unit, take_turn, upsert
+from gateway.store_unit import Turn, Unit, Upsert, take_turn
 
 CHUNK = 256 * 1024  # bytes; a larger write would hold up the other units of work
 _WINDOW_WITHOUT_ID = 600.0  # seconds: without a Message-ID only a repeat soon after is the same mail
@@ -155,7 +155,24 @@ _COUNT_FAXES = (
     sa.select(sa.func.count()).select_from(s.faxes).where(s.faxes.c.mail_id == sa.bindparam("mail_id"))
 )
 _OLD_KEY = sa.select(s.duplicates.c.mail_id).where(s.duplicates.c.key == sa.bindparam("key"))
-_TURNS = sa.select(s.turns.c.sender, s.turns.c.turn).where(s.turns.c.sender.in_([sa.bindparam("who"), ""]))
+_TURNS = sa.select(s.turns.c.sender, s.turns.c.turn).where(
+    sa.or_(s.turns.c.sender == sa.bindparam("who"), s.turns.c.sender == "")
+)
+_LAST_TURN = Upsert(
+    s.turns,
+    lambda insert: insert.on_conflict_do_update(
+        index_elements=[s.turns.c.sender], set_={"turn": insert.excluded.turn}
+    ),
+)
+# An expired key is taken over in place.
+_TAKE_KEY = Upsert(
+    s.duplicates,
+    lambda insert: insert.on_conflict_do_update(
+        index_elements=[s.duplicates.c.key],
+        set_={name: insert.excluded[name] for name in ("mail_id", "fax_id", "expires_at")},
+        where=s.duplicates.c.expires_at <= sa.bindparam("now"),
+    ).returning(s.duplicates.c.key),
+)
 
 
 def _fax(unit: Unit, fax_id: str, mail_id: str, number: str, recipient: str, pages: int) -> Fax:
@@ -199,13 +216,8 @@ def _claim_key(
     parts = (submission.message_key or "", submission.mail.sender, number, submission.digest)
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     lasts = window if submission.message_key else min(window, _WINDOW_WITHOUT_ID)
-    values = {"mail_id": mail_id, "fax_id": fax_id, "expires_at": unit.now + lasts}
-    insert = upsert(unit.connection, s.duplicates).values(key=key, **values)
-    # An expired key is taken over in place.
-    taken = insert.on_conflict_do_update(
-        index_elements=[s.duplicates.c.key], set_=values, where=s.duplicates.c.expires_at <= unit.now
-    ).returning(s.duplicates.c.key)
-    if unit.connection.execute(taken).first() is not None:
+    values = {"key": key, "mail_id": mail_id, "fax_id": fax_id, "expires_at": unit.now + lasts}
+    if _TAKE_KEY.run(unit, values | {"now": unit.now}).first() is not None:
         return None
     return str(unit.connection.execute(_OLD_KEY, {"key": key}).scalar_one())
 
@@ -217,7 +229,5 @@ def _turn(unit: Unit, sender: str, count: int) -> float:
     }
     first = max(known.get(sender, 0.0), known.get("", 0.0)) + 1
     if count:
-        last = {"turn": first + count - 1}
-        insert = upsert(unit.connection, s.turns).values(sender=sender, **last)
-        unit.connection.execute(insert.on_conflict_do_update(index_elements=[s.turns.c.sender], set_=last))
+        _LAST_TURN.run(unit, {"sender": sender, "turn": first + count - 1})
     return first

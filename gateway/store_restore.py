@@ -20,7 +20,8 @@ from gateway import schema as s
 from gateway.doubt import Sighting
 from gateway.records import HeldFor, Proof, SetAside
 from gateway.store_apply import apply
-from gateway.store_unit import Unit, upsert
+from gateway.store_brakes import ADD_BRAKE
+from gateway.store_unit import Unit
 from gateway.store_work import bound_ids, doubt_claims
 
 _NUMBERS_AT_ONCE = 500
@@ -76,7 +77,7 @@ def begin_restore(unit: Unit) -> None:
             "kind": kind, "scope": "account", "cause": cause, "since": known_until, "probe_at": None,
             "wait": 0.0, "proof": int(Proof.CALLED),
         }  # fmt: skip
-        unit.connection.execute(upsert(unit.connection, s.brakes).values(values).on_conflict_do_nothing())
+        ADD_BRAKE.run(unit, values)
 
 
 def restoring(unit: Unit) -> Restoring | None:

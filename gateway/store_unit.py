@@ -77,6 +77,22 @@ News = Change | Alert | Brake
 """What the log and the metrics hear of after the commit."""
 
 
-def upsert(connection: Connection, table: sa.Table) -> Any:
-    """Return the database's own INSERT that knows ON CONFLICT; both dialects spell it alike."""
-    return sqlite.insert(table) if connection.dialect.name == "sqlite" else postgresql.insert(table)
+class Upsert:
+    """An INSERT that knows ON CONFLICT; both databases spell it alike, SQLAlchemy by a class for each."""
+
+    def __init__(self, table: sa.Table, finish: Callable[[Any], Any]) -> None:
+        """`finish` adds what is to be done on a conflict."""
+        self._spelled = {
+            dialect.name: finish(insert(table))
+            for dialect, insert in (
+                (sqlite.dialect, sqlite.insert),
+                (postgresql.dialect, postgresql.insert),
+            )
+        }
+
+    def run(self, unit: Unit, values: dict[str, Any]) -> "sa.CursorResult[Any]":
+        """Insert the row."""
+        result: sa.CursorResult[Any] = unit.connection.execute(
+            self._spelled[unit.connection.dialect.name], values
+        )
+        return result

@@ -35,7 +35,7 @@ from gateway.store_apply import (
 from gateway.store_brakes import standing_brakes
 from gateway.store_events import NAMELESS, read_sighting
 from gateway.store_outbox import PENDING
-from gateway.store_unit import Turn, Unit, suspects_apart, take_turn, upsert
+from gateway.store_unit import Turn, Unit, Upsert, suspects_apart, take_turn
 
 QUESTION_LEASE = 60.0  # seconds that one gateway has to ask the carrier about a fax
 HARMFUL_AFTER = 5  # questions, or mails about a fax, that the gateway did not live through
@@ -78,6 +78,16 @@ _NEXT = (
 )
 
 
+_SERVE = Upsert(
+    s.turns,
+    lambda insert: insert.on_conflict_do_update(
+        index_elements=[s.turns.c.sender],
+        set_={"turn": insert.excluded.turn},
+        where=s.turns.c.turn < insert.excluded.turn,
+    ),
+)
+
+
 def claim_call(unit: Unit, settings: CallSettings) -> Fax | None:
     """Write the intent for the next fax that may be called; None when there is none.
 
@@ -107,11 +117,7 @@ def claim_call(unit: Unit, settings: CallSettings) -> Fax | None:
     for brake in brakes:  # this fax is the probe; the next one waits for it
         where = (s.brakes.c.kind == brake.kind, s.brakes.c.scope == brake.scope)
         connection.execute(s.brakes.update().where(*where).values(probe_at=unit.now + brake.wait))
-    serve = upsert(connection, s.turns).values(sender="", turn=row.turn)
-    serve = serve.on_conflict_do_update(
-        index_elements=[s.turns.c.sender], set_={"turn": row.turn}, where=s.turns.c.turn < row.turn
-    )
-    connection.execute(serve)
+    _SERVE.run(unit, {"sender": "", "turn": row.turn})
     return fax
 
 
