@@ -58,22 +58,25 @@ _ASK_NOW = (
 
 def remember_event(unit: Unit, event: CarrierEvent) -> tuple[Fate, str | None]:
     """Keep an authentic event and let it happen to its fax if that is known; returns the fax's id too."""
-    carrier_id = event.sighting.carrier_id
-    know_carrier_id(unit, carrier_id)
-    if not _add_event(unit, event):
+    know_carrier_id(unit, event.sighting.carrier_id)
+    owner = _owner(unit, event.sighting)
+    if not _add_event(unit, event, None if owner is None else owner.fax_id):
         return Fate.DUPLICATE, None
-    fate, fax_id = _place(unit, event.id, event.sighting, event.report)
+    if owner is not None:
+        return _happen(unit, owner, event.report)
+    fate, fax_id = _bind_closed(unit, event.sighting)
     if fate is Fate.PARKED:
         _ask_about(unit, event.sighting)
     return fate, fax_id
 
 
-def _place(unit: Unit, event_id: str, sighting: Sighting, report: Report | None) -> tuple[Fate, str | None]:
-    """Let a kept event happen to the attempt of its carrier's id, or leave it parked."""
-    owner = unit.connection.execute(OWNER, {"carrier_id": sighting.carrier_id}).first()
-    if owner is None:
-        return _bind_closed(unit, sighting)
-    unit.connection.execute(CLAIM_EVENT, {"event_id": event_id, "owner": owner.fax_id})
+def _owner(unit: Unit, sighting: Sighting) -> Any:
+    """Return the attempt (`id`, `fax_id`) of the sighting's carrier's id, None if it is not known."""
+    return unit.connection.execute(OWNER, {"carrier_id": sighting.carrier_id}).first()
+
+
+def _happen(unit: Unit, owner: Any, report: Report | None) -> tuple[Fate, str]:
+    """Let an event happen to the attempt that it is about."""
     if report is None:  # a kind we do not know: a hint to ask
         unit.connection.execute(_ASK_NOW, {"fax_id": owner.fax_id, "now": unit.now})
     else:
@@ -86,12 +89,14 @@ _ADD_EVENT = Upsert(
 )
 
 
-def _add_event(unit: Unit, event: CarrierEvent) -> bool:
+def _add_event(unit: Unit, event: CarrierEvent, fax_id: str | None) -> bool:
+    """Keep an event, parked if it is nobody's yet; False when it is known."""
     seen = event.sighting
     values = {
         "id": event.id, "carrier_id": seen.carrier_id, "type": event.type, "received_at": unit.now,
         "to_number": seen.to_number, "from_number": seen.from_number, "connection_id": seen.connection_id,
         "occurred_at": seen.seen_at, "report": write_report(event.report),
+        "fax_id": fax_id,
     }  # fmt: skip
     return _ADD_EVENT.run(unit, values).first() is not None
 
@@ -139,5 +144,15 @@ _WAITING_EVENTS = (
 def sweep_parked(unit: Unit) -> int:
     """Look at parked events again, a day long: the net under rule 5, and the late word on a closed doubt."""
     rows = unit.connection.execute(_WAITING_EVENTS, {"since": unit.now - 86400.0}).all()
-    fates = [_place(unit, row.id, read_sighting(row), read_report(row.report)) for row in rows]
+    fates = [_place(unit, row) for row in rows]
     return sum(1 for fate, _ in fates if fate is Fate.APPLIED)
+
+
+def _place(unit: Unit, row: Any) -> tuple[Fate, str | None]:
+    """Let a parked event happen to the attempt of its carrier's id, or leave it parked."""
+    sighting = read_sighting(row)
+    owner = _owner(unit, sighting)
+    if owner is None:
+        return _bind_closed(unit, sighting)
+    unit.connection.execute(CLAIM_EVENT, {"event_id": row.id, "owner": owner.fax_id})
+    return _happen(unit, owner, read_report(row.report))
