@@ -14,6 +14,7 @@ import contextlib
 import json
 import math
 import resource
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, Literal, cast
@@ -83,9 +84,10 @@ class _Child:
 class Pool:
     """`size` children started by `command`, each doing one job at a time.
 
-    `queue_limit`: jobs that may wait before the pool calls itself full; `time_limit`: seconds for one job,
-    from its hand-over; `memory_limit`: octets of address space of a child; `recycle_after`: jobs before a
-    child is replaced by a fresh one.
+    `patience`: seconds that a job may wait before the pool calls itself full, whatever their number: small
+    ones are done in no time; `time_limit`: seconds for one job, from its hand-over; `memory_limit`: octets of
+    address space of a child; `recycle_after`: jobs before a child is replaced by a fresh one; `clock`:
+    seconds that never step back.
     """
 
     def __init__(
@@ -93,19 +95,21 @@ class Pool:
         command: Sequence[str],
         *,
         size: int,
-        queue_limit: int,
+        patience: float = 5.0,
         time_limit: float = 10.0,
         memory_limit: int = 512 * 1024 * 1024,
         recycle_after: int = 200,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._command = command
         self._size = size
-        self._queue_limit = queue_limit
+        self._patience = patience
+        self._clock = clock
         self._time_limit = time_limit
         self._memory_limit = memory_limit
         self._recycle_after = recycle_after
         self._idle: deque[_Child] = deque()
-        self._turns: deque[asyncio.Future[_Child]] = deque()
+        self._turns: deque[tuple[float, asyncio.Future[_Child]]] = deque()  # with the time they began to wait
         self._keepers: list[asyncio.Task[None]] = []
         self._living = 0
         self._unstartable = False
@@ -114,7 +118,7 @@ class Pool:
     @property
     def full(self) -> bool:
         """Whether new work should be turned away now. Work already taken on may still be handed to `run`."""
-        return len(self._turns) >= self._queue_limit
+        return bool(self._turns) and self._clock() - self._turns[0][0] > self._patience
 
     async def start(self) -> None:
         """Start the children and return when each has been tried once; raise ChildFailed if none lives."""
@@ -166,12 +170,13 @@ class Pool:
         if self._unstartable:
             raise ChildFailed("died")
         turn: asyncio.Future[_Child] = asyncio.get_running_loop().create_future()
-        self._turns.append(turn)
+        place = (self._clock(), turn)
+        self._turns.append(place)
         try:
             return await turn
         except asyncio.CancelledError:
             with contextlib.suppress(ValueError):
-                self._turns.remove(turn)
+                self._turns.remove(place)
             if not turn.cancelled() and not turn.exception():  # handed over at that very moment
                 self._hand_on(turn.result())
             raise
@@ -192,7 +197,7 @@ class Pool:
     def _next_turn(self) -> asyncio.Future[_Child] | None:
         """Take the job that has waited longest off the queue, passing over those cancelled meanwhile."""
         while self._turns:
-            turn = self._turns.popleft()
+            _, turn = self._turns.popleft()
             if not turn.done():
                 return turn
         return None

@@ -179,7 +179,7 @@ def carrier_of(settings: Settings) -> Telnyx:
 @contextlib.asynccontextmanager
 async def _preparer(settings: Settings, folder: Path) -> AsyncIterator[Preparer]:
     size = max(2, os.cpu_count() or 2)
-    pool = Pool(COMMAND, size=size, queue_limit=8 * size)
+    pool = Pool(COMMAND, size=size)
     documents = settings.documents
     preparer = Preparer(pool, folder, max_pages=documents.max_pages, max_size=documents.max_size)
     preparer.sweep()

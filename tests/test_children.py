@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,8 +47,8 @@ async def opened() -> AsyncIterator[Opened]:
     """Open pools that are closed at the end of the test."""
     pools: list[Pool] = []
 
-    async def start(size: int = 1, **settings: float) -> Pool:
-        pool = Pool(COMMAND, size=size, **({"queue_limit": 10, "time_limit": 60.0} | settings))  # type: ignore[arg-type]  # one dict for all of them
+    async def start(size: int = 1, time_limit: float = 60.0, **settings: Any) -> Pool:
+        pool = Pool(COMMAND, size=size, time_limit=time_limit, **settings)
         pools.append(pool)
         await pool.start()
         return pool
@@ -101,7 +102,7 @@ async def served(pool: Pool) -> int:
 
 async def test_answers_find_their_jobs(opened: Opened) -> None:
     """Many jobs at once all get their own answers, from no more children than allowed."""
-    pool = await opened(size=2, queue_limit=100)
+    pool = await opened(size=2)
     answers = await asyncio.gather(*(pool.run(echo(str(n))) for n in range(50)))
     assert [answer["echo"] for answer in answers] == [str(n) for n in range(50)]
     assert len({answer["pid"] for answer in answers}) == 2
@@ -219,15 +220,14 @@ async def test_cancelled_job_frees_its_child(opened: Opened, tmp_path: Path) -> 
 
 async def test_cancelled_wait_leaves_the_queue(opened: Opened, tmp_path: Path) -> None:
     """A job cancelled while it waits gives up its place, and those behind it move up."""
-    pool = await opened(queue_limit=2)
+    pool = await opened()
     busy, _ = await hanging(pool, tmp_path / "sign")
     waiting = [asyncio.create_task(pool.run(echo(str(n)))) for n in range(3)]
-    await until(lambda: pool.full)
     await until(lambda: len(pool._turns) == 3)
     waiting[0].cancel()
     waiting[2].cancel()
     await asyncio.wait([waiting[0], waiting[2]])
-    assert not pool.full
+    assert len(pool._turns) == 1
     busy.cancel()
     assert (await waiting[1])["echo"] == "1"
 
@@ -251,16 +251,20 @@ async def test_cancelled_as_its_turn_comes(opened: Opened) -> None:
 
 
 async def test_full_at_the_limit(opened: Opened, tmp_path: Path) -> None:
-    """The pool calls itself full while as many jobs wait as may, and no longer."""
-    pool = await opened(queue_limit=1)
-    assert not pool.full
+    """The pool calls itself full while a job has waited for too long, however many wait, and no longer."""
+    times = [100.0]
+    pool = await opened(patience=5.0, clock=lambda: times[-1])
     busy, _ = await hanging(pool, tmp_path / "sign")
-    assert not pool.full
-    waiting = asyncio.create_task(pool.run(echo("x")))
-    await until(lambda: pool.full)
+    times.append(110.0)
+    full = [pool.full]  # nothing waits
+    waiting = [asyncio.create_task(pool.run(echo(str(n)))) for n in range(50)]
+    await until(lambda: len(pool._turns) == 50)
+    for now in (114.0, 116.0):
+        times.append(now)
+        full.append(pool.full)
     busy.cancel()
-    await waiting
-    assert not pool.full
+    await asyncio.gather(*waiting)
+    assert [*full, pool.full] == [False, False, True, False]
 
 
 async def test_child_is_replaced_after_its_share(opened: Opened) -> None:
@@ -288,7 +292,7 @@ async def test_closing_fails_all_jobs(opened: Opened, tmp_path: Path) -> None:
 )
 async def test_children_that_cannot_start(command: tuple[str, ...]) -> None:
     """A pool without a single child says so at the start instead of letting mails wait."""
-    pool = Pool(command, size=2, queue_limit=10)
+    pool = Pool(command, size=2)
     assert (await failure(pool.start())).reason == "died"  # type: ignore[arg-type]  # start returns nothing
     assert (await failure(pool.run(echo("x")))).reason == "closed"
 
@@ -302,7 +306,7 @@ def fickle(bad: Path, log: Path) -> tuple[str, ...]:
 async def test_children_that_cannot_start_again(tmp_path: Path) -> None:
     """When no child can be started again, jobs fail at once without a busy loop, until one lives."""
     bad, log = tmp_path / "bad", tmp_path / "log"
-    pool = Pool(fickle(bad, log), size=1, queue_limit=10, time_limit=60.0)
+    pool = Pool(fickle(bad, log), size=1, time_limit=60.0)
     await pool.start()
     try:
         bad.touch()
@@ -321,7 +325,7 @@ async def test_children_that_cannot_start_again(tmp_path: Path) -> None:
 async def test_one_child_that_cannot_start_again_leaves_the_others(tmp_path: Path) -> None:
     """While one place cannot be filled, the other children go on serving."""
     bad, log = tmp_path / "bad", tmp_path / "log"
-    pool = Pool(fickle(bad, log), size=2, queue_limit=10, time_limit=60.0)
+    pool = Pool(fickle(bad, log), size=2, time_limit=60.0)
     await pool.start()
     try:
         bad.touch()
@@ -337,7 +341,7 @@ async def test_children_end_with_the_daemon(tmp_path: Path) -> None:
     """When the daemon is killed, its children end by themselves."""
     script = (
         "import asyncio\nfrom gateway.children import Pool\n"
-        f"async def main():\n    pool = Pool({COMMAND!r}, size=1, queue_limit=1)\n    await pool.start()\n"
+        f"async def main():\n    pool = Pool({COMMAND!r}, size=1)\n    await pool.start()\n"
         "    print((await pool.run({'do': 'look'}))['pid'], flush=True)\n    await asyncio.sleep(1000)\n"
         "asyncio.run(main())"
     )

@@ -54,7 +54,7 @@ async def opened(tmp_path: Path) -> AsyncIterator[Opened]:
     async def start(
         command: tuple[str, ...] = COMMAND, *, size: int = 1, time_limit: float = 60.0, **limits: int
     ) -> Preparer:
-        pool = Pool(command, size=size, queue_limit=2, time_limit=time_limit)
+        pool = Pool(command, size=size, patience=0.0, time_limit=time_limit)
         pools.append(pool)
         await pool.start()
         preparer = Preparer(pool, tmp_path / "work", **(LIMITS | limits))
@@ -320,7 +320,7 @@ async def test_no_picture_of_what_cannot_be_drawn(opened: Opened, data: bytes) -
 
 async def test_no_picture_while_closing(tmp_path: Path) -> None:
     """A closing gateway does not pretend that a document has no picture."""
-    pool = Pool(COMMAND, size=1, queue_limit=1)
+    pool = Pool(COMMAND, size=1)
     preparer = Preparer(pool, tmp_path, max_pages=1, max_size=1)
     await pool.close()
     assert (await failure(preparer.picture(paper()))).reason == "closed"
