@@ -16,6 +16,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
 
@@ -217,11 +218,11 @@ class MailDoor:
             raise ChildFailed("time") from None
 
     async def _paper(self, prepared: Prepared) -> Paper:
-        data = await asyncio.to_thread(prepared.document.read_bytes)
-        if len(data) > CHUNK:
-            document_id = await self._store.keep_document(data)
-            return Paper(document_id, prepared.sha256, prepared.pages, prepared.size)
-        return Paper(str(uuid.uuid4()), prepared.sha256, prepared.pages, prepared.size, data)
+        paper = Paper(str(uuid.uuid4()), prepared.sha256, prepared.pages, prepared.size)
+        if prepared.size <= CHUNK:
+            return replace(paper, data=await asyncio.to_thread(prepared.document.read_bytes))
+        with prepared.document.open("rb") as file:
+            return replace(paper, id=await self._store.keep_document(file))
 
     async def _forwarded(self, session: Peer, received: Received) -> bytes:
         """Add the trace line that every hop adds (RFC 5321, 4.4); a mail that loops is refused."""

@@ -16,7 +16,7 @@ import asyncio
 import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import BinaryIO, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy.engine import Connection
 
@@ -42,6 +42,14 @@ from gateway.store_work import CallSettings, Evidence
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+_PIECES_AT_ONCE = 4
+
+
+def _next_pieces(file: BinaryIO) -> list[bytes]:
+    """Read some more of a document; nothing at its end."""
+    return [piece for _ in range(_PIECES_AT_ONCE) if (piece := file.read(CHUNK))]
 
 
 class Store:
@@ -99,12 +107,19 @@ class Store:
 
     # --- mail in -----------------------------------------------------------------------------------
 
-    async def keep_document(self, data: bytes) -> str:
-        """Store a large document in short transactions; it stays invisible until `accept` names it."""
-        document_id = str(uuid.uuid4())
-        pieces = [data[start : start + CHUNK] for start in range(0, len(data), CHUNK)]
-        for position, piece in enumerate(pieces):
-            await self._do(store_intake.add_chunk, document_id, position, piece)
+    async def keep_document(self, file: BinaryIO) -> str:
+        """Store a large document in short transactions; it stays invisible until `accept` names it.
+
+        Of the file only a few pieces are in memory at a time. Raises also OSError.
+        """
+        document_id, position = str(uuid.uuid4()), 0
+        while pieces := await asyncio.to_thread(_next_pieces, file):
+            kept = [
+                self._do(store_intake.add_chunk, document_id, place, piece)
+                for place, piece in enumerate(pieces, position)
+            ]
+            await asyncio.gather(*kept)
+            position += len(pieces)
         return document_id
 
     async def accept(self, submission: Submission, duplicate_window: float) -> Accepted:

@@ -5,6 +5,7 @@ A test module takes a fixture by `store = stores.store`. `store` runs on each ki
 """
 
 import contextlib
+import io
 import shutil
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -86,7 +87,7 @@ class TriedStore(Store):
         """Take in a mail, as the door does. Duplicates are looked for only if a window is given."""
         paper = small_paper(document)
         if len(document) > CHUNK:
-            paper = replace(paper, id=await self.keep_document(document), data=None)
+            paper = replace(paper, id=await self.keep_document(io.BytesIO(document)), data=None)
         mail = ReceivedMail(
             id="", sender=sender, received_at=self.clock.now, message_id=message_id, subject="An order",
             original_headers=b"Subject: An order\r\n",
