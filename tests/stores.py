@@ -8,8 +8,9 @@ import contextlib
 import io
 import shutil
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -191,21 +192,46 @@ def events_of(changes: list[Change]) -> list[str]:
     return [type(change.event).__name__ for change in changes if not isinstance(change.event, Begun)]
 
 
+Hear = Callable[[object, str, Any], None]
+
+
+@contextlib.contextmanager
+def _listening(database: Database, hear: Hear) -> Iterator[None]:
+    """Call `hear` with the connection, the statement and its values, before each statement.
+
+    SQLite tells it itself, with the values in the statement: not all goes SQLAlchemy's way.
+    """
+
+    def listen(connection: object, _c: object, sql: str, values: Any, _x: object, _many: object) -> None:
+        hear(connection, sql, values)
+
+    drivers: list[Any] = []
+    for engine in database.engines:
+        if engine.dialect.name == "sqlite":
+            drivers.append(engine.raw_connection().driver_connection)
+            drivers[-1].set_trace_callback(partial(_tell, hear, engine))
+        else:
+            sa.event.listen(engine, "before_cursor_execute", listen)
+    try:
+        yield
+    finally:
+        for driver in drivers:
+            driver.set_trace_callback(None)
+        for engine in database.engines:
+            if engine.dialect.name != "sqlite":
+                sa.event.remove(engine, "before_cursor_execute", listen)
+
+
+def _tell(hear: Hear, engine: object, sql: str) -> None:
+    hear(engine, sql, None)
+
+
 @contextlib.contextmanager
 def overheard(database: Database) -> Iterator[list[tuple[str, Any]]]:
     """Listen to the statements that reach the database, with their values."""
     heard: list[tuple[str, Any]] = []
-
-    def listen(_c: object, _cursor: object, statement: str, values: Any, _x: object, _many: object) -> None:
-        heard.append((statement, values))
-
-    for engine in database.engines:
-        sa.event.listen(engine, "before_cursor_execute", listen)
-    try:
+    with _listening(database, lambda _, sql, values: heard.append((sql, values))):
         yield heard
-    finally:
-        for engine in database.engines:
-            sa.event.remove(engine, "before_cursor_execute", listen)
 
 
 @contextlib.contextmanager
@@ -214,20 +240,15 @@ def transactions(database: Database) -> Iterator[list[list[tuple[str, Any]]]]:
     began: list[list[tuple[str, Any]]] = []
     of_connection: dict[object, list[tuple[str, Any]]] = {}
 
-    def listen(connection: object, _cursor: object, sql: str, values: Any, _x: object, _many: object) -> None:
+    def hear(connection: object, sql: str, values: Any) -> None:
         if "BEGIN" in sql:
             began.append([])
             of_connection[connection] = began[-1]
         else:
             of_connection.setdefault(connection, []).append((sql, values))
 
-    for engine in database.engines:
-        sa.event.listen(engine, "before_cursor_execute", listen)
-    try:
+    with _listening(database, hear):
         yield began
-    finally:
-        for engine in database.engines:
-            sa.event.remove(engine, "before_cursor_execute", listen)
 
 
 def sqlite_url(folder: Path) -> str:
