@@ -98,7 +98,7 @@ class Pool:
         patience: float = 5.0,
         time_limit: float = 10.0,
         memory_limit: int = 512 * 1024 * 1024,
-        recycle_after: int = 200,
+        recycle_after: int = 1000,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._command = command

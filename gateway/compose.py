@@ -22,6 +22,7 @@ from email.headerregistry import BaseHeader, HeaderRegistry, UnstructuredHeader
 from email.message import EmailMessage, Message, MIMEPart
 from email.policy import EmailPolicy, Policy
 from email.utils import format_datetime, parseaddr
+from functools import lru_cache
 from typing import Any, Literal
 
 from gateway import reasons
@@ -122,8 +123,30 @@ class _Verbatim(UnstructuredHeader):
         return policy.linesep.join([*lines, ""])
 
 
+class _Fields(HeaderRegistry):
+    """The standard registry, which would make a class and parse the value for each field of each mail."""
+
+    def __init__(self, *classes: Any) -> None:
+        super().__init__(*classes)
+        self._classes: dict[str, Any] = {}
+        self._parsed = lru_cache(_FIELDS_KEPT)(super().__call__)
+
+    def __getitem__(self, name: str) -> Any:
+        """Return the class for fields of that name."""
+        if name not in self._classes:  # our mails have two dozen
+            self._classes[name] = super().__getitem__(name)
+        return self._classes[name]
+
+    def __call__(self, name: str, value: Any) -> Any:
+        """Return the field; many mails have some of them alike."""
+        return self._parsed(name, value)
+
+
+_FIELDS_KEPT = 256
+
+
 def _own_policy() -> "EmailPolicy[EmailMessage]":
-    registry = HeaderRegistry(BaseHeader, _Verbatim)
+    registry = _Fields(BaseHeader, _Verbatim)
     # Addresses of ours and the MIME fields keep the standard classes.
     for name in ("subject", "to", "date", "message-id"):
         del registry.registry[name]
