@@ -154,7 +154,8 @@ Index("uq_attempts_channel", attempts.c.slot, unique=True, sqlite_where=text("bl
 # A late sighting looks for the doubt that was closed as absent.
 Index("ix_attempts_absent", attempts.c.number, sqlite_where=text("carrier_id IS NULL"),
       postgresql_where=text("carrier_id IS NULL"))  # fmt: skip
-Index("ix_attempts_newest", attempts.c.started_at, sqlite_where=text("carrier_id IS NOT NULL"),
+Index("ix_attempts_newest", attempts.c.from_number, attempts.c.started_at,
+      sqlite_where=text("carrier_id IS NOT NULL"),
       postgresql_where=text("carrier_id IS NOT NULL"))  # fmt: skip
 
 history = Table(

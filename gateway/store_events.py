@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from gateway import schema as s
 from gateway.carrier import CarrierEvent
-from gateway.doubt import Sighting, fits
+from gateway.doubt import Sighting, alike, fits
 from gateway.records import Attempt, End, HeldFor, ReleaseAsked, Report, Reported, Taken
 from gateway.store_apply import (
     CLAIM_EVENT,
@@ -101,18 +101,26 @@ def _add_event(unit: Unit, event: CarrierEvent, fax_id: str | None) -> bool:
     return _ADD_EVENT.run(unit, values).first() is not None
 
 
-def _fitting(unit: Unit, sighting: Sighting) -> list[tuple[str, Attempt]]:
-    """Return the attempts without a carrier's id that the sighting fits, each after its fax's id."""
+def _alike(unit: Unit, sighting: Sighting) -> list[tuple[str, Attempt]]:
+    """Return the attempts without a carrier's id that the sighting is like, each after its fax's id."""
     rows = unit.connection.execute(NAMELESS, {"number": sighting.to_number}).mappings()
     found = [(row["fax_id"], read_attempt(row)) for row in rows]
-    return [(fax_id, attempt) for fax_id, attempt in found if fits(attempt, sighting.to_number, sighting)]
+    return [(fax_id, attempt) for fax_id, attempt in found if alike(attempt, sighting.to_number, sighting)]
 
 
 def _bind_closed(unit: Unit, sighting: Sighting) -> tuple[Fate, str | None]:
-    """Bind what nobody owns to the closed doubt of the one fax that it fits (rule 3), or leave it parked."""
-    fitting = _fitting(unit, sighting)
-    closed = [(fax_id, attempt) for fax_id, attempt in fitting if attempt.end in _CLOSED_DOUBT]
-    if len({fax_id for fax_id, _ in closed}) != 1 or any(attempt.open for _, attempt in fitting):
+    """Bind what nobody owns to the closed doubt of the one fax that it fits (rule 3), or leave it parked.
+
+    An open attempt that it may be about, whatever the time that our clock had, comes first: its own answer or
+    check takes the event.
+    """
+    alike_it = _alike(unit, sighting)
+    closed = [
+        (fax_id, attempt)
+        for fax_id, attempt in alike_it
+        if attempt.end in _CLOSED_DOUBT and fits(attempt, sighting.to_number, sighting)
+    ]
+    if len({fax_id for fax_id, _ in closed}) != 1 or any(attempt.open for _, attempt in alike_it):
         return Fate.PARKED, None
     fax_id, attempt = closed[-1]
     apply(unit, fax_id, Taken(attempt.id, sighting.carrier_id))  # replays the event
@@ -120,8 +128,8 @@ def _bind_closed(unit: Unit, sighting: Sighting) -> tuple[Fate, str | None]:
 
 
 def _ask_about(unit: Unit, sighting: Sighting) -> None:
-    """Let the doubts that a new event fits be looked at now, also one that was left to a person."""
-    doubts = [(fax_id, attempt) for fax_id, attempt in _fitting(unit, sighting) if attempt.open]
+    """Let the doubts that a new event may be about be looked at now, also one that was left to a person."""
+    doubts = [(fax_id, attempt) for fax_id, attempt in _alike(unit, sighting) if attempt.open]
     for fax_id, _ in doubts:
         unit.connection.execute(_ASK_NOW, {"fax_id": fax_id, "now": unit.now})
     if len(doubts) == 1 and load(unit.connection, doubts[0][0]).held_for is HeldFor.DOUBT:

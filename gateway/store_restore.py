@@ -41,7 +41,8 @@ _TO_NUMBERS = _UNFINISHED.where(s.faxes.c.number.in_(sa.bindparam("numbers", exp
 _SENDERS = sa.select(s.attempts.c.from_number).distinct()
 _NEWEST = (
     sa.select(s.attempts.c.carrier_id, s.attempts.c.started_at)
-    .where(s.attempts.c.carrier_id.is_not(None), s.attempts.c.started_at >= sa.bindparam("since"))
+    .where(s.attempts.c.carrier_id.is_not(None), s.attempts.c.from_number == sa.bindparam("sender"))
+    .where(s.attempts.c.started_at >= sa.bindparam("since"))
     .order_by(s.attempts.c.started_at.desc())
     .limit(1)
 )
@@ -86,9 +87,11 @@ def restoring(unit: Unit) -> Restoring | None:
     if since is None:
         return None
     senders = tuple(unit.connection.execute(_SENDERS).scalars())
-    newest = unit.connection.execute(_NEWEST, {"since": since - _CONTROL_AGE}).first()
-    if newest is None:
+    asked = [{"sender": sender, "since": since - _CONTROL_AGE} for sender in senders]
+    known = [row for values in asked if (row := unit.connection.execute(_NEWEST, values).first()) is not None]
+    if not known:
         return Restoring(since, unit.now, senders, None)
+    newest = max(known, key=lambda row: row.started_at)
     return Restoring(min(since, newest.started_at), unit.now, senders, newest.carrier_id)
 
 

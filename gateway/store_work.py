@@ -267,6 +267,12 @@ _UNTOLD_WAITING = (
     .where(sa.text("ended_at IS NULL AND NOT told_delayed"), s.faxes.c.state == State.QUEUED.value)
     .limit(_MOST)
 )
+_ASTRAY = (
+    s.faxes.update()
+    .where(s.faxes.c.ended_at.is_(None), s.faxes.c.due_at > sa.bindparam("farthest"))
+    .where(s.faxes.c.state.in_([State.QUEUED.value, State.SENDING.value, State.IN_DOUBT.value]))
+    .values(due_at=sa.bindparam("now"))
+)
 _HELD = sa.select(s.brakes.c.cause).where(s.brakes.c.kind == "hold").limit(1)
 _RESTORING = sa.select(s.brakes.c.since).where(s.brakes.c.kind == "restore")
 
@@ -275,10 +281,12 @@ def pass_time(unit: Unit) -> int:
     """Let time happen to every fax whose time has come; return how many it changed: 0 when all is done.
 
     Lapsed claims become doubts (rule 10), deadlines end waiting faxes, silent calls count as stuck, and
-    senders hear of a delay.
+    senders hear of a delay. What waits for longer than a fax may take was told to by a clock that has been
+    set back since: its time has come.
     """
     take_turn(unit, Turn.TIME)
     rules, now = unit.rules, {"now": unit.now}
+    unit.connection.execute(_ASTRAY, now | {"farthest": unit.now + max(rules.give_up_after, 86400.0)})
     for fax_id in _ids(unit, _LAPSED, now):
         fax = load(unit.connection, fax_id)
         if fax.state is State.SUBMITTING:  # and no late answer was faster

@@ -1,18 +1,21 @@
 """A carrier in memory that does only what a test decides, and keeps the truth about every call.
 
-It answers questions at once; a POST stays open until the test says what becomes of it. Its clock is the true
-time, from which the gateway's may differ.
+It answers questions at once, unless it hangs; a POST stays open until the test says what becomes of it. Its
+clock is the true time, from which the gateways' may differ.
 """
 
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from faxes import APPLICATION, FROM, NOW
 
 from gateway.carrier import Call, CarrierEvent, NotKnown, Unavailable
 from gateway.doubt import Sighting
 from gateway.records import Report, Stage
+
+Task = asyncio.Task[Any]
 
 
 @dataclass
@@ -42,36 +45,46 @@ class Post:
     attempt_id: str
     fax_id: str
     number: str
+    at: float  # true time
+    task: Task  # of the gateway's that waits for the answer
     answer: asyncio.Future[str]
     entry: Entry | None = None  # once it was taken
 
 
 class MemoryCarrier:
-    """What `gateway.carrier.Carrier` asks for. `who_calls` names attempt and fax of a POST to a number."""
+    """What `gateway.carrier.Carrier` asks for.
 
-    def __init__(self, who_calls: Callable[[str], tuple[str, str]]) -> None:
+    `newest` names the newest attempt of a fax, `look` sees each POST that arrives: its attempt and its fax.
+    """
+
+    def __init__(self, newest: Callable[[str], str], look: Callable[[str, str], None]) -> None:
         self.now = NOW
         self.ledger: dict[str, Entry] = {}
         self.posted: list[str] = []  # the attempts, in the order of their POSTs
         self.waiting: dict[str, Post] = {}  # by attempt
         self.answers = True
-        self.hangs = False
+        self.hangs = False  # what is asked now gets its answer only when the test says so
+        self.hanging: dict[Task, asyncio.Event] = {}  # to set, for whoever waits
         self.lag = 0.0  # seconds until the list shows a fax
         self.still = asyncio.Event()  # a request has come that waits for the test
-        self._who_calls = who_calls
+        self._newest = newest
+        self._look = look
+        self._callers: dict[Task, str] = {}  # the attempt that each call is about, its first word to us tells
 
     # --- what the gateway asks ---------------------------------------------------------------------
 
     async def send(self, call: Call, may_begin: Callable[[], bool]) -> str:
         """Wait for the test to decide."""
+        task, fax_id, attempt_id = self._caller()
+        await self._hang(task)  # the machine may stand still just then
         if not may_begin():
             raise Unavailable("past the lease")
-        attempt_id, fax_id = self._who_calls(call.number)
+        self._look(attempt_id, fax_id)
         self.posted.append(attempt_id)
-        post = Post(attempt_id, fax_id, call.number, asyncio.get_running_loop().create_future())
-        self.waiting[attempt_id] = post
+        answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.waiting[attempt_id] = Post(attempt_id, fax_id, call.number, self.now, task, answer)
         self.still.set()
-        return await post.answer
+        return await answer
 
     async def status(self, carrier_id: str) -> Report:
         """Tell how far a call is."""
@@ -113,11 +126,33 @@ class MemoryCarrier:
         raise AssertionError(headers, body, now)
 
     async def _question(self) -> None:
-        if self.hangs:
-            self.still.set()
-            await asyncio.Event().wait()
+        task, *_ = self._caller()
+        await self._hang(task)
         if not self.answers:
             raise Unavailable("HTTP 503")
+
+    async def _hang(self, task: Task) -> None:
+        if not self.hangs:
+            return
+        self.hanging[task] = asyncio.Event()
+        self.still.set()
+        try:
+            await self.hanging[task].wait()
+        finally:
+            self.hanging.pop(task, None)
+
+    def _caller(self) -> tuple[Task, str, str]:
+        """Return the gateway's task that asks, and the fax and the attempt that it is calling."""
+        task = asyncio.current_task()
+        assert task is not None
+        fax_id = task.get_name().removeprefix("call ")
+        if task not in self._callers and fax_id != task.get_name():
+            self._callers[task] = self._newest(fax_id)
+        return task, fax_id, self._callers.get(task, "")
+
+    def rests(self, task: Task) -> bool:
+        """Whether a gateway's task waits for the test."""
+        return task in self.hanging or any(post.task is task for post in self.waiting.values())
 
     # --- what the test decides ---------------------------------------------------------------------
 

@@ -2,19 +2,19 @@
 
 import asyncio
 import contextlib
-import email.policy
 import os
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Iterator
-from email.message import EmailMessage
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from crashes import Client, rows
-from harness import PATIENCE, SENDER, Gateway, World, letter, numbers, until, world
+from harness import PATIENCE, SENDER, World, letter, numbers, until, world
 from papers import heavy
+from putting_off import contents, mail_again, send, taken_in, to_data
+from wall_clocks import clocked, refused_events
 
 FREE = numbers()
 HOUR, MINUTE = 3600.0, 60.0
@@ -64,19 +64,6 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)  # noqa: S607 -- stands beside mount
 
 
-async def to_data(w: World, number: str, clients: contextlib.AsyncExitStack) -> Client:
-    """Return a client that was told to send its mail."""
-    client = clients.enter_context(contextlib.closing(await Client.connect(w.gateway.smtp_port)))
-    await client.begin(number)
-    return client
-
-
-async def send(client: Client, message: EmailMessage) -> str:
-    """Send the mail with its final dot; return the answer."""
-    await client.send(message.as_bytes(policy=email.policy.SMTP) + b".\r\n")
-    return await client.answer()
-
-
 async def test_a_disk_that_fills_up_loses_nothing_and_keeps_nothing_half(
     disk: SmallDisk, tmp_path: Path
 ) -> None:
@@ -117,33 +104,9 @@ async def test_a_disk_that_fills_up_loses_nothing_and_keeps_nothing_half(
         assert [len(w.taken(number)) for number in (called, small, large)] == [1, 1, 1]
 
 
-def contents(folder: Path) -> list[tuple[Any, ...]]:
-    """Return what the store holds of mails: how many rows, and which states."""
-    tables = ("mails", "documents", "document_chunks", "duplicates", "faxes", "outbox")
-    counts = " UNION ALL ".join(f"SELECT '{table}', count(*) FROM {table}" for table in tables)  # noqa: S608 -- ours
-    return rows(folder / "gateway.db", counts)
-
-
 def failures(w: World) -> list[str]:
     """Return why mails were put off, as the log has it."""
     return [line["error"].partition(":")[0] for line in w.gateway.said("mail_failed", answer="452 4.3.1")]
-
-
-async def mail_again(client: Client, w: World, number: str, message: EmailMessage) -> None:
-    """Mail it on the same connection, and wait until it is delivered."""
-    for command in (f"MAIL FROM:<{SENDER}>", f"RCPT TO:<{number}@fax.local>", "DATA"):
-        await client.send(command.encode() + b"\r\n")
-        answer = await client.answer()
-        assert answer[:1] in {"2", "3"}, answer
-    await taken_in(w, await send(client, message))
-
-
-async def taken_in(w: World, answer: str) -> None:
-    """See that a mail was taken, and wait until it is delivered."""
-    assert answer.startswith("250 2.0.0 queued as "), answer
-    mail_id = answer.rpartition(" ")[2]
-    w.accepted[mail_id] = 1
-    assert (await w.reply(f"{mail_id}-1"))["X-Fax-Outcome"] == "delivered"
 
 
 async def test_a_disk_that_is_nearly_full_begins_no_mail_and_finishes_those_begun(disk: SmallDisk) -> None:
@@ -168,57 +131,6 @@ async def test_a_disk_that_is_nearly_full_begins_no_mail_and_finishes_those_begu
 
 
 # --- the clock -------------------------------------------------------------------------------------------
-
-STEPPING_CLOCK = """
-import pathlib, time
-right, wrong = time.time, pathlib.Path({path!r})
-time.time = lambda: right() + float(wrong.read_text())
-"""
-
-
-class Clock:
-    """The daemon's wall clock, which the test sets; nothing else in the daemon is changed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "clock"
-        self.folder.mkdir()
-        self._file = self.folder / "seconds"
-        (self.folder / "sitecustomize.py").write_text(STEPPING_CLOCK.format(path=str(self._file)))
-        self.set(0.0)
-
-    def set(self, ahead: float) -> None:
-        """Set the clock to be so many seconds ahead of the carrier's, from now on."""
-        new = self._file.with_suffix(".new")
-        new.write_text(str(ahead))
-        new.replace(self._file)
-
-
-@contextlib.asynccontextmanager
-async def clocked(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, **sections: Any
-) -> AsyncIterator[tuple[World, Clock]]:
-    """Open a world whose gateway has a clock that can be set."""
-    clock = Clock(folder)
-    environment = Gateway._environment
-    monkeypatch.setattr(
-        Gateway, "_environment", lambda gateway: environment(gateway) | {"PYTHONPATH": str(clock.folder)}
-    )
-    async with world(folder, **sections) as w:
-        yield w, clock
-        await w.everyone_told()
-
-
-async def refused_events(w: World, number: str, calls: int) -> None:
-    """Wait until the last call to a number ended at the carrier, and its events were all refused."""
-    await until(lambda: len(w.taken(number)) == calls, "the call")
-    last = w.taken(number)[-1].fax_id
-
-    def ends() -> list[int | None]:
-        tries = [sent for sent in w.carrier.events if sent.fax_id == last]
-        return [sent.status for sent in tries if sent.event_type == "fax.delivered" and sent.attempt == 3]
-
-    await until(ends, "the carrier to give its event up")
-    assert {sent.status for sent in w.carrier.events if sent.fax_id == last} == {401}
 
 
 async def test_a_clock_set_forward_makes_a_waiting_fax_early_and_nothing_twice(

@@ -292,3 +292,18 @@ async def test_a_contradiction_after_the_end_is_told(store: TriedStore) -> None:
     await store.webhook(reported("c1", Stage.DELIVERED))
     assert (await store.fax(fax.id)).state is State.FAILED
     assert "contradiction" in await alerts(store)
+
+
+async def test_an_event_of_an_open_call_ends_no_other_fax_that_was_in_doubt(store: TriedStore) -> None:
+    """With our clock an hour and a half ahead, another fax's delivery does not become this one's."""
+    lost = await store.queued(sender="a@example.com")
+    fax = await store.claimed()
+    await store.apply(fax.id, Doubted(newest(fax), "timeout"))
+    await store.apply(fax.id, Absent(newest(fax)))
+    await store.apply(fax.id, HoldAsked())
+    store.clock.now += 2 * HOUR
+    await store.queued(sender="b@example.com")
+    calling = await store.claimed()
+    assert calling.id != lost.id
+    await store.webhook(reported("c2", Stage.DELIVERED, at=store.clock.now - 1.5 * HOUR))
+    assert (await store.fax(lost.id)).state is State.HELD

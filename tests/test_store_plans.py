@@ -5,10 +5,14 @@ statement is run in a database of 10,000 old faxes, and the rows are counted tha
 """
 
 import contextlib
+import inspect
 import itertools
 import re
+import shutil
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import postgres
@@ -17,57 +21,41 @@ import pytest
 import sqlalchemy as sa
 import stores
 import years
-from faxes import DAY, FROM, NUMBER
-from stores import SETTINGS, TriedStore, overheard, reported
+from examined import VERBS, fill
+from faxes import DAY
+from stores import TriedStore, overheard
 
-from gateway.records import CancelAsked, Stage, TimePassed
+from gateway.store import Store
 
 sqlite_store = stores.sqlite_store
 
+WORDS = {"SELECT", "INSERT", "UPDATE", "DELETE"}
 GROWING = ("documents", "document_chunks", "mails", "faxes", "attempts", "history", "outbox", "duplicates",
            "carrier_ids", "carrier_events")  # fmt: skip
 # Indexes that hold only what is open, and so stay small, or whose order lets the search end at the limit.
 WALKED = {"ix_faxes_ripe", "ix_faxes_due", "ix_faxes_untold", "uq_attempts_channel", "ix_outbox_turn",
           "ix_outbox_recipient", "ix_carrier_events_parked"}  # fmt: skip
 WALKED_TO_A_LIMIT = {"ix_attempts_newest", "ix_faxes_ended"}
-
-Verb = Callable[[TriedStore], Awaitable[Any]]
-VERBS: dict[str, Verb] = {
-    "claim a call": lambda store: store.claim_call(SETTINGS),
-    "claim questions": lambda store: store.claim_questions(4),
-    "evidence": lambda store: store.evidence(NUMBER, FROM),
-    "bound ids": lambda store: store.bound_ids(["c1", "c2"]),
-    "event of a call": lambda store: store.webhook(reported("c9", Stage.DIALLED)),
-    "event of nobody": lambda store: store.webhook(reported("c10", Stage.DIALLED)),
-    "time": lambda store: store.pass_time(),
-    "sweep": lambda store: store.sweep_parked(),
-    "take over": lambda store: store.take_over(FROM),
-    "claim notices": lambda store: store.claim_notices(3),
-    "accept": lambda store: store.mail_in(message_id="<9>", window=DAY),
-    "list": lambda store: store.list_faxes((), 50),
-    "list ended": lambda store: store.list_faxes(("failed", "cancelled"), 50),
-    "count": lambda store: store.count(),
-    "show": lambda store: store.show(store.changes[0].after.id),
-    "renew": lambda store: store.renew(store.changes[0].after.id, even_if_twice=True),
-    "apply": lambda store: store.apply(store.changes[-1].after.id, TimePassed()),
-    "paper": lambda store: store.paper_of(store.changes[0].after.mail_id),
-    "document": lambda store: store.document("d9"),
-    "ids": lambda store: store.fax_ids_of("m9"),
-    "purge": lambda store: store.purge(0.0, 0.0),
+# What looks at all that is open without a limit, or at more than that, and why it may.
+LAWFUL = {
+    "SELECT attempts.slot": "calls under way: no more than there are channels",
+    "SELECT faxes.id, faxes.turn": "the numbers being called: as many",
+    "SELECT faxes.state, count(*)": "the metrics count the queue",
+    "SELECT count(*)": "as above",
+    "UPDATE outbox SET due_at": "a start tries each waiting mail at once: whoever mended the relay restarts",
+    "UPDATE faxes SET give_up_at": "a restore gives every waiting fax the time that nobody knows of",
+    "SELECT faxes.id, faxes.number": "a restore looks at every waiting fax",
+    "SELECT DISTINCT attempts.from_number": "a restore asks for every number that ever called",
+    "SELECT history.at": "a restore reads the newest line: the table is in the order of its keys",
 }
+# What the other statements are made of, what is said of `brakes` only, and what only PostgreSQL hears.
+NOT_EXAMINED = {"store_desk._LISTED", "store_work._CALLING", "store_work._RIPE",
+                "store_brakes._SET_BRAKE", "store_unit._TAKE_TURN"}  # fmt: skip
 
 
-async def fill(store: TriedStore) -> None:
-    """Store faxes in several situations, and a hold of the account."""
-    for n in range(3):
-        await store.called(f"c{n}", f"+131255500{n:02}", message_id=f"<{n}>", window=DAY)
-        await store.webhook(reported(f"c{n}", Stage.DELIVERED, number=f"+131255500{n:02}"))
-        await store.mail_out()
-    await store.called("c9")
-    await store.queued("+13125550199")
-    cancelled = await store.queued("+13125550198")
-    await store.apply(cancelled.id, CancelAsked())
-    await store.change("INSERT INTO brakes VALUES ('hold', 'account', 'HTTP 401', 0, 0, 60, 1)")
+def lawful(statement: str) -> bool:
+    """Whether a statement is known to look at more than a few rows."""
+    return " ".join(statement.split()).startswith(tuple(LAWFUL))
 
 
 def walks(plan: list[str], statement: str) -> list[str]:
@@ -75,13 +63,22 @@ def walks(plan: list[str], statement: str) -> list[str]:
     found = []
     for step in plan:
         scanned = re.fullmatch(r"SCAN (\w+)(?: USING (?:COVERING )?INDEX (\w+))?", step)
-        if scanned is None or scanned[1] not in GROWING or scanned[2] in WALKED:
+        if scanned is None or scanned[1] not in GROWING or lawful(statement):
+            continue
+        if scanned[2] in WALKED and "LIMIT" in statement:
             continue
         sorted_whole = "USE TEMP B-TREE FOR ORDER BY" in plan
         if scanned[2] in WALKED_TO_A_LIMIT and "LIMIT" in statement and not sorted_whole:
             continue
         found.append(step)
     return found
+
+
+def test_every_verb_is_looked_at() -> None:
+    """No verb of the store is left out of what follows, but for those that say nothing about the tables."""
+    verbs = {name for name, verb in vars(Store).items() if inspect.iscoroutinefunction(verb)}
+    verbs -= {"_do", "now", "close", "give_space_back"}
+    assert {name.partition(",")[0] for name in VERBS} == verbs
 
 
 @pytest.mark.parametrize("name", VERBS)
@@ -92,13 +89,42 @@ async def test_nothing_is_searched_from_end_to_end(sqlite_store: TriedStore, nam
     store.clock.now += 60 if name == "count" else 3 * DAY
     with overheard(store.database) as heard:
         await VERBS[name](store)
-    asked = [(sql, values) for sql, values in heard if sql.split()[0] in {"SELECT", "UPDATE", "DELETE"}]
+    asked = [(sql, values) for sql, values in heard if sql.split()[0] in WORDS]
     assert asked != []
     connection = sqlite3.connect(store.url.removeprefix("sqlite:///"))
     for sql, values in asked:
         plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
         assert walks(plan, sql) == [], f"{sql}\n{plan}"
     connection.close()
+
+
+async def test_every_statement_is_looked_at(tmp_path: Path) -> None:
+    """Each statement that the store's modules keep is among those that the verbs send here."""
+    filled = tmp_path / "filled"
+    filled.mkdir()
+    with stores.empty_database("sqlite", filled, tmp_path) as url:
+        first = TriedStore(url)
+        await fill(first)
+        await first.close()
+    sent: list[object] = []
+    for name, verb in VERBS.items():
+        shutil.copy(filled / "gateway.db", tmp_path / "gateway.db")
+        store = TriedStore(stores.sqlite_url(tmp_path))
+        store.news += first.news
+        store.clock.now += 60 if name == "count" else 3 * DAY
+        for engine in store.database.engines:
+            sa.event.listen(engine, "before_execute", lambda _, statement, *_more: sent.append(statement))
+        await verb(store)
+        await store.close()
+    modules = [sys.modules[name] for name in sys.modules if name.startswith("gateway.store_")]
+    kept = {
+        f"{module.__name__.removeprefix('gateway.')}.{name}": statement
+        for module in modules
+        for name, statement in vars(module).items()
+        if isinstance(statement, sa.Select | sa.UpdateBase)
+    }
+    known = {id(statement) for statement in sent}
+    assert {name for name, statement in kept.items() if id(statement) not in known} == NOT_EXAMINED
 
 
 def test_a_walk_would_be_found() -> None:
@@ -113,13 +139,13 @@ def test_a_walk_would_be_found() -> None:
     ordered = ["SCAN faxes USING INDEX ix_faxes_ended", "USE TEMP B-TREE FOR ORDER BY"]
     assert walks(ordered, "SELECT 1 LIMIT 50") == ordered[:1]
     assert walks(ordered[:1], "SELECT 1 LIMIT 50") == []
+    assert walks(["SCAN faxes USING INDEX ix_faxes_due"], "SELECT 1") != []
     assert walks(["SCAN brakes", "SEARCH faxes USING INDEX ix_faxes_due (state=?)"], "SELECT 1") == []
 
 
 # --- PostgreSQL --------------------------------------------------------------------------------------
 
 FEW = 300  # rows that one step may look at: there are a few open faxes, and limits of 200
-WORDS = {"SELECT", "INSERT", "UPDATE", "DELETE"}
 AT_WORK = VERBS | {"purge": lambda store: store.purge(DAY, 365 * DAY)}  # on a day like any other
 
 Step = dict[str, Any]
@@ -220,7 +246,7 @@ async def test_old_faxes_slow_nothing_down(old_store: TriedStore, name: str) -> 
     with explained(old_store) as statements:
         await AT_WORK[name](old_store)
     assert statements != []
-    assert [statement for statement in statements if statement[1]] == []
+    assert [(sql, found) for sql, found in statements if found and not lawful(sql)] == []
 
 
 @pytest.mark.parametrize(
