@@ -33,7 +33,7 @@ What those use
     document          check, repair and join PDFs; the picture of page 1
     children          the pool of child processes
     carrier           what any carrier does, and its ways to fail
-    sqlite, postgresql  the two kinds of database
+    sqlite, postgresql  the two kinds of database; sqlite_statements: each of its statements compiled once
     database          the threads that do the work; schema and migrations
 
 The ground

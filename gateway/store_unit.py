@@ -82,17 +82,14 @@ class Upsert:
 
     def __init__(self, table: sa.Table, finish: Callable[[Any], Any]) -> None:
         """`finish` adds what is to be done on a conflict."""
-        self._spelled = {
-            dialect.name: finish(insert(table))
-            for dialect, insert in (
-                (sqlite.dialect, sqlite.insert),
-                (postgresql.dialect, postgresql.insert),
-            )
+        # By dialect.
+        self.spelled = {
+            "sqlite": finish(sqlite.insert(table)),
+            "postgresql": finish(postgresql.insert(table)),
         }
 
     def run(self, unit: Unit, values: dict[str, Any]) -> "sa.CursorResult[Any]":
         """Insert the row."""
-        result: sa.CursorResult[Any] = unit.connection.execute(
-            self._spelled[unit.connection.dialect.name], values
-        )
+        statement = self.spelled[unit.connection.dialect.name]
+        result: sa.CursorResult[Any] = unit.connection.execute(statement, values)
         return result

@@ -3,6 +3,7 @@
 `VERBS` are named after the store's methods; each works on a store that `fill` prepared.
 """
 
+import io
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -147,7 +148,7 @@ VERBS: dict[str, Verb] = {
     "evidence, from a new number": lambda store: store.evidence(NUMBER, "+13125550999"),
     "has_rival": has_rival,
     "hold_all": lambda store: store.hold_all(),
-    "keep_document": lambda store: store.keep_document(b"x" * (CHUNK + 1)),
+    "keep_document": lambda store: store.keep_document(io.BytesIO(b"x" * (CHUNK + 1))),
     "list_faxes": lambda store: store.list_faxes((), 50),
     "list_faxes, ended": lambda store: store.list_faxes(("failed", "cancelled"), 50),
     "notice_deferred": lambda store: with_notice(store, partial(store.notice_deferred, wait=60.0, why="450")),

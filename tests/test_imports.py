@@ -23,6 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("document", "message", "children"),
     ("carrier",),
     ("sqlite", "postgresql"),
+    ("sqlite_statements",),
     ("database",),
     ("migrations",),
     ("schema",),
@@ -105,7 +106,7 @@ def _imports_of(top: str) -> set[str]:
 def test_sql_is_said_in_the_store_only() -> None:
     """SQLAlchemy is known to the store's modules, the schema and the databases."""
     others = {name for name in _imports_of("sqlalchemy") if not name.startswith("store")}
-    assert others <= {"schema", "database", "sqlite", "postgresql", "migrations"}
+    assert others <= {"schema", "database", "sqlite", "sqlite_statements", "postgresql", "migrations"}
 
 
 def test_the_sandbox_shares_nothing_with_the_client_of_the_carrier() -> None:
