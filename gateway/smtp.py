@@ -220,7 +220,7 @@ class MailDoor:
     async def _paper(self, prepared: Prepared) -> Paper:
         paper = Paper(str(uuid.uuid4()), prepared.sha256, prepared.pages, prepared.size)
         if prepared.size <= CHUNK:
-            return replace(paper, data=await asyncio.to_thread(prepared.document.read_bytes))
+            return replace(paper, data=prepared.document.read_bytes())  # the child wrote it just now
         with prepared.document.open("rb") as file:
             return replace(paper, id=await self._store.keep_document(file))
 

@@ -174,6 +174,10 @@ class SmtpSession(SMTP):
         self.in_data = False
         self.answering = False
 
+    def __dir__(self) -> list[str]:
+        """Name the commands alone: aiosmtpd looks for them among all that is named, for each connection."""
+        return _COMMANDS
+
     def _create_envelope(self) -> MailEnvelope:
         return MailEnvelope()
 
@@ -380,3 +384,6 @@ class SmtpSession(SMTP):
         return (
             f"{found[1]} {_CODES.get(found[1], '5.0.0')} {found[2]}" if found else _WORDED.get(status, status)
         )
+
+
+_COMMANDS = [name for name in dir(SmtpSession) if name.startswith(("smtp_", "auth_"))]
