@@ -1,6 +1,8 @@
 """Large bodies that go past the standard parser: nothing tells the mail from one that it read whole."""
 
 import base64
+import gc
+import sys
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from papers import heavy, mail, mail_of, multipart, paper, part, text
 
-from gateway.message import Mail, MailRefused, _bounded, _Budget, parse
+from gateway.message import Mail, MailRefused, _Bounded, _Budget, parse
 from gateway.message_bodies import Bodies, Part
 
 PDF = paper()
@@ -52,7 +54,7 @@ def tree(raw: bytes, large: int) -> list[object]:
             yield part.content()
 
     try:
-        message = BytesParser(policy=_bounded(_Budget(bodies))).parsebytes(bodies.rest)
+        message = BytesParser(policy=_Bounded(_Budget(bodies))).parsebytes(bodies.rest)
         assert isinstance(message, Part)
         return list(read(message))
     except (MailRefused, ValueError) as fault:
@@ -216,6 +218,18 @@ def test_memory_for_a_large_mail() -> None:
     finally:
         tracemalloc.stop()
     assert peak < 5_000_000
+
+
+@pytest.mark.parametrize("raw", [mail_of(PDF), mail(text()), mail(multipart(text()) * 1001)])
+def test_nothing_is_kept_of_a_mail(raw: bytes) -> None:
+    """A mail that was read, or refused, does not stay in memory until somebody tidies up."""
+    gc.disable()
+    try:
+        before = sys.getrefcount(raw)
+        outcome(raw, SMALL)
+        assert sys.getrefcount(raw) == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
