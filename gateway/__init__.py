@@ -29,7 +29,7 @@ What they use
     compose           a reply, from the fax: compose_text
 
 What those use
-    message           MIME to attachments, or the refusal
+    message           MIME to attachments, or the refusal: message_bodies (large ones go past the parser)
     document          check, repair and join PDFs; the picture of page 1
     children          the pool of child processes
     carrier           what any carrier does, and its ways to fail

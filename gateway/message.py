@@ -8,7 +8,6 @@ Promises: `parse` is pure, never opens a URL, and raises nothing but `MailRefuse
 (except `MemoryError`, the process's trouble and not the mail's). No attachment is left out in silence.
 """
 
-import binascii
 import hashlib
 import html
 import re
@@ -20,7 +19,10 @@ from email.header import decode_header, make_header
 from email.message import Message
 from email.parser import BytesParser
 from email.policy import Compat32, Policy
+from typing import cast
 from urllib.parse import unquote
+
+from gateway.message_bodies import LARGE, Bodies, Part
 
 MAX_HEAD = 100 * 1024
 """Octets in the header block of a mail; Postfix's `header_size_limit`."""
@@ -98,10 +100,14 @@ class MailRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """One PDF as it was received. `name` is for people only: cleaned, cut, never a path."""
+    """One PDF as it was received, and its hexadecimal SHA-256.
+
+    `name` is for people only: cleaned, cut, never a path.
+    """
 
     name: str
     data: bytes
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +118,8 @@ class Mail:
     3.6.4); `message_key` is the hexadecimal SHA-256 over the Message-ID as it was received, None if there is
     none, and tells apart what looks alike in `message_id`; `subject` is decoded, on one line, at most 250
     characters; `original_headers` is the header block as received, cut at a line's end at 16 KB; `digest` is
-    the hexadecimal SHA-256 over the received attachments, each prefixed by its length in 8 octets, so that no
-    two lists of attachments read alike.
+    the hexadecimal SHA-256 over those of the received attachments, as octets in their order: being of one
+    length, no two lists of them read alike.
     """
 
     message_id: str | None
@@ -125,11 +131,16 @@ class Mail:
     digest: str
 
 
-def parse(raw: bytes) -> Mail:
-    """Return what the mail `raw` (RFC 5322; lines end in CR LF or LF) asks for, or raise MailRefused."""
+def parse(raw: bytes, large: int = LARGE) -> Mail:
+    """Return what the mail `raw` (RFC 5322; lines end in CR LF or LF) asks for, or raise MailRefused.
+
+    `large`: the octets from which on a body goes past the standard parser; the outcome does not depend on it.
+    """
     try:
         head = _head(raw)
-        message = BytesParser(policy=_bounded(_Budget())).parsebytes(raw)
+        bodies = Bodies(raw, large)
+        parser = BytesParser(policy=_Bounded(_Budget(bodies)))
+        message = cast("Part", parser.parsebytes(bodies.rest))  # the budget makes no other
         _refuse_automatic(message)
         attachments = _attachments(message)
         return Mail(
@@ -176,15 +187,16 @@ def quoted(name: str) -> str:
 class _Budget:
     """Counts what the parser meets, and refuses the mail as soon as it is too much."""
 
-    def __init__(self) -> None:
+    def __init__(self, bodies: Bodies) -> None:
+        self._bodies = bodies
         self._parts = 0
         self._octets = 0
 
-    def part(self, policy: "Policy[Message]") -> Message:
+    def part(self, policy: "Policy[Message]") -> Part:
         self._parts += 1
         if self._parts > MAX_PARTS:
             raise _unreadable("too many parts")
-        return Message(policy=policy)
+        return Part(policy, self._bodies)
 
     def field(self, lines: list[str]) -> None:
         size = sum(map(len, lines))
@@ -194,19 +206,22 @@ class _Budget:
             raise _unreadable("header fields too long")
 
 
-def _bounded(budget: _Budget) -> Compat32:
-    """Return the policy that reads no field before it is asked for, tied to a budget.
+class _Bounded(Compat32):
+    """The policy that reads no field before it is asked for, tied to a budget.
 
     The parser calls `header_source_parse` for each field and `message_factory` for each part as it meets them
     (Python's documentation of `email.policy`), so a bomb is refused while it is being read.
     """
 
-    class Bounded(Compat32):
-        def header_source_parse(self, sourcelines: list[str]) -> tuple[str, str]:
-            budget.field(sourcelines)
-            return super().header_source_parse(sourcelines)
+    _budget: _Budget
 
-    return Bounded().clone(message_factory=budget.part)
+    def __init__(self, budget: _Budget) -> None:
+        super().__init__(message_factory=budget.part)
+        self.__dict__["_budget"] = budget  # the way round the guard of what every policy has
+
+    def header_source_parse(self, sourcelines: list[str]) -> tuple[str, str]:
+        self._budget.field(sourcelines)
+        return super().header_source_parse(sourcelines)
 
 
 def _head(raw: bytes) -> bytes:
@@ -316,7 +331,7 @@ def _cut_at_line(head: bytes) -> bytes:
 # Parts ------------------------------------------------------------
 
 
-def _attachments(message: Message) -> tuple[Attachment, ...]:
+def _attachments(message: Part) -> tuple[Attachment, ...]:
     leaves = list(_leaves(message))
     shown = _shown_by_html(leaves)
     found = [document for leaf in leaves if (document := _document(leaf, shown))]
@@ -327,7 +342,7 @@ def _attachments(message: Message) -> tuple[Attachment, ...]:
     return tuple(found)
 
 
-def _leaves(message: Message) -> Iterator[Message]:
+def _leaves(message: Part) -> Iterator[Part]:
     """Yield the parts that hold content, in a reader's order; a forwarded mail counts as one of them."""
     waiting = [(message, 1)]
     while waiting:
@@ -342,29 +357,29 @@ def _leaves(message: Message) -> Iterator[Message]:
         inner = part.get_payload()
         if not isinstance(inner, list):  # no boundary was found: whatever it held would be missed
             raise _unreadable("multipart without parts")
-        waiting.extend((child, depth + 1) for child in reversed(inner) if isinstance(child, Message))
+        waiting.extend((child, depth + 1) for child in reversed(inner) if isinstance(child, Part))
 
 
-def _shown_by_html(leaves: list[Message]) -> set[str]:
+def _shown_by_html(leaves: list[Part]) -> set[str]:
     """Return the Content-IDs of the pictures that the mail's HTML shows (RFC 2392)."""
     shown: set[str] = set()
     for leaf in leaves:
         if leaf.get_content_type() == "text/html":
-            for cid in _CID.findall(_content(leaf) or b""):
+            for cid in _CID.findall(leaf.content() or b""):
                 shown.add(unquote(html.unescape(cid.decode("latin-1"))))
     return shown
 
 
-def _document(part: Message, shown: set[str]) -> Attachment | None:
+def _document(part: Part, shown: set[str]) -> Attachment | None:
     """Return the PDF this part holds, None if the part is passed over, or refuse the mail."""
     kind = part.get_content_type()
     name = cleaned(_decoded_words(part.get_filename() or ""), MAX_TEXT)
     called = f"The attachment {quoted(name)}" if name else "An attachment without a name"
     _refuse_wrapped(part, kind, name, called)
-    data = _content(part)
+    data = part.content()
     declared = kind in _PDF_TYPES or name.lower().endswith(".pdf")
     if data is not None and (data.startswith(b"%PDF") or (declared and b"%PDF-" in data[:1024])):
-        return Attachment(name or "document.pdf", data)
+        return Attachment(name or "document.pdf", data, hashlib.sha256(data).hexdigest())
     if not declared and _passed_over(part, kind, name.lower(), shown):
         return None
     if data is None:
@@ -392,7 +407,7 @@ def _document(part: Message, shown: set[str]) -> Attachment | None:
     )
 
 
-def _refuse_wrapped(part: Message, kind: str, name: str, called: str) -> None:
+def _refuse_wrapped(part: Part, kind: str, name: str, called: str) -> None:
     """Refuse what hides its documents inside another format."""
     if kind.startswith("message/"):
         inner = f" {quoted(name)}" if name else ""
@@ -412,7 +427,7 @@ def _refuse_wrapped(part: Message, kind: str, name: str, called: str) -> None:
         )
     if kind in _SMIME_TYPES or lower.endswith(_SMIME_NAMES + _PGP_NAMES):
         raise _encrypted(called)
-    if lower.endswith(".asc") and b"BEGIN PGP MESSAGE" in (_content(part) or b"")[:4096]:
+    if lower.endswith(".asc") and b"BEGIN PGP MESSAGE" in (part.content() or b"")[:4096]:
         raise _encrypted(called)
 
 
@@ -436,25 +451,5 @@ def _passed_over(part: Message, kind: str, name: str, shown: set[str]) -> bool:
     return kind.startswith("image/") and content_id in shown
 
 
-def _content(part: Message) -> bytes | None:
-    """Return the part's decoded octets, or None if its base64 is broken or cut.
-
-    The standard decoder guesses what broken base64 meant; a fax must not be a guess. White space is not part
-    of the encoding (RFC 2045 section 6.8).
-    """
-    if str(part.get("content-transfer-encoding", "")).strip().lower() != "base64":
-        decoded = part.get_payload(decode=True)
-        return decoded if isinstance(decoded, bytes) else b""
-    payload = str(part.get_payload()).encode("ascii", "surrogateescape")
-    try:
-        return binascii.a2b_base64(b"".join(payload.split()), strict_mode=True)
-    except binascii.Error:
-        return None
-
-
 def _digest(attachments: tuple[Attachment, ...]) -> str:
-    total = hashlib.sha256()
-    for attachment in attachments:
-        total.update(len(attachment.data).to_bytes(8, "big"))
-        total.update(attachment.data)
-    return total.hexdigest()
+    return hashlib.sha256(b"".join(bytes.fromhex(one.sha256) for one in attachments)).hexdigest()
