@@ -60,6 +60,7 @@ class Unit:
 
     work: Work[Any]
     future: Future[Any]
+    large: bool  # it writes a lot, and whoever waits for it can wait longer than others
 
     def answer(self, result: Any, failure: Exception | None) -> None:
         """Hand over the result, or the fault."""
@@ -164,24 +165,26 @@ class Database(abc.ABC):
 
     # --- work --------------------------------------------------------------------------------------------
 
-    def write(self, work: Work[T]) -> asyncio.Future[T]:
+    def write(self, work: Work[T], *, large: bool = False) -> asyncio.Future[T]:
         """Run `work` in a transaction that writes; the future has its result once it is committed.
+
+        Work that is `large` lets other work go first where they have to share.
 
         Cancelling the future does not cancel the work. Raises StoreError, or what `work` raised. If the
         transaction has to begin anew, `work` is run more than once.
         """
-        return self._ask(self._writes, work)
+        return self._ask(self._writes, work, large=large)
 
     def read(self, work: Work[T]) -> asyncio.Future[T]:
         """Run `work` on a consistent view of what is committed."""
-        return self._ask(self._reads, work)
+        return self._ask(self._reads, work, large=False)
 
-    def _ask(self, where: Units, work: Work[T]) -> asyncio.Future[T]:
+    def _ask(self, where: Units, work: Work[T], *, large: bool) -> asyncio.Future[T]:
         future: Future[T] = Future()
         with self._door:
             if not self._serving:
                 raise StoreUnavailable("the store is closed")
-            where.put(Unit(work, future))
+            where.put(Unit(work, future, large))
         return asyncio.wrap_future(future)
 
     def _serve(self, loop: Callable[[], None]) -> None:

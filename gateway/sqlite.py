@@ -11,6 +11,7 @@ at the next start tells what was kept.
 """
 
 import asyncio
+import collections
 import contextlib
 import fcntl
 import queue
@@ -29,6 +30,7 @@ from gateway.sqlite_statements import Statements
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for another process's write
 GROUP_LIMIT = 256  # units in one transaction
+LARGE_LIMIT = 4  # large ones among them: the others wait for what these write
 REST = 0.0005  # a writer that commits back to back starves other processes for good
 VACUUM_STEP = 500  # pages given back in one unit of work
 NEWS_INTERVAL = 0.5  # seconds between looks for another process's commits
@@ -45,6 +47,8 @@ class SqliteDatabase(Database):
         super().__init__(*details)
         self._busy_timeout = busy_timeout
         self._lock: IO[str] | None = None
+        self._larger: collections.deque[Unit] = collections.deque()  # large units that let others go first
+        self._ending = False  # nothing comes any more but what was put off
 
     def clock(self, connection: Connection) -> float:
         """Return this machine's time: there is no other."""
@@ -134,13 +138,8 @@ class SqliteDatabase(Database):
         with self._writer.connect() as connection:
             statements = Statements(connection)
             seen = _news_of(statements.driver)
-            while True:
-                try:
-                    units = self._group(self._writes.get(timeout=NEWS_INTERVAL))
-                except queue.Empty:
-                    units = []
-                if units is None:
-                    return
+            while not self._ending or self._larger:
+                units = self._group()
                 if units:
                     _run_group(connection, statements, units)
                 latest = _news_of(statements.driver)
@@ -150,20 +149,20 @@ class SqliteDatabase(Database):
                 if units:
                     time.sleep(REST)
 
-    def _group(self, first: Unit | None) -> list[Unit] | None:
-        if first is None:
-            return None
-        units = [first]
-        while len(units) < GROUP_LIMIT:
-            try:
-                unit = self._writes.get_nowait()
-            except queue.Empty:
-                break
-            if unit is None:
-                self._writes.put(None)  # close after this group
-                break
-            units.append(unit)
-        return units
+    def _group(self) -> list[Unit]:
+        """Wait for work for some time; return what goes into the next transaction."""
+        units: list[Unit] = []
+        with contextlib.suppress(queue.Empty):
+            wait = not (self._larger or self._ending)
+            while len(units) < GROUP_LIMIT:
+                unit = self._writes.get(block=wait, timeout=NEWS_INTERVAL)
+                if unit is None:
+                    self._ending = True
+                    break
+                wait = False
+                (self._larger if unit.large else units).append(unit)
+        few = min(len(self._larger), LARGE_LIMIT)
+        return units + [self._larger.popleft() for _ in range(few)]
 
     def _read_loop(self) -> None:
         with self._reader.connect() as connection:

@@ -44,7 +44,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-_PIECES_AT_ONCE = 4
+_PIECES_AT_ONCE = 2
 
 
 def _next_pieces(file: BinaryIO) -> list[bytes]:
@@ -84,7 +84,7 @@ class Store:
                 for news in unit[-1].news:
                     self._observe(news)
 
-        committed = self._database.write(work)
+        committed = self._database.write(work, large=verb is store_intake.add_chunk)
         committed.add_done_callback(observe)  # a cancelled caller's work happens all the same
         return await asyncio.shield(committed)
 

@@ -7,8 +7,9 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -17,7 +18,7 @@ from stores import overheard, sqlite_url
 
 from gateway import migrations
 from gateway.database import StoreError, StoreFull, StoreUnavailable, Work, WrongDatabase
-from gateway.sqlite import VACUUM_STEP, SqliteDatabase, _empty_log, _vacuum_some
+from gateway.sqlite import LARGE_LIMIT, VACUUM_STEP, SqliteDatabase, _empty_log, _vacuum_some
 
 SECRET = b"the terms of the contract "
 SQL_SHELL = """
@@ -416,6 +417,31 @@ def test_a_log_that_cannot_be_emptied_is_a_fault_of_the_store(tmp_path: Path) ->
     """Callers know how to wait for the store; SQLite's own errors do not get through to them."""
     with pytest.raises(StoreError, match="unable to open"):
         _empty_log(str(tmp_path))
+
+
+async def test_large_units_let_others_go_first(database: SqliteDatabase) -> None:
+    """A webhook waits for a few pieces of a document, not for all that were asked for before it."""
+    done: list[str] = []
+
+    def note(name: str) -> Callable[[Any], None]:
+        return lambda _connection: done.append(name)
+
+    with busy_writer(database):
+        waits = [database.write(note(f"large {n}"), large=True) for n in range(10)]
+        waits.append(database.write(note("small")))
+    await asyncio.gather(*waits)
+    assert done == ["small", *(f"large {n}" for n in range(10))]
+
+
+async def test_closing_finishes_what_was_put_off(tmp_path: Path) -> None:
+    """Pieces of documents that wait behind others are written before the file is let go."""
+    database = SqliteDatabase(sqlite_url(tmp_path))
+    database.open(serve=True)
+    waits = [database.write(chunk(n), large=True) for n in range(3 * LARGE_LIMIT)]
+    await asyncio.to_thread(database.close)
+    await asyncio.gather(*waits)
+    with contextlib.closing(sqlite3.connect(tmp_path / "gateway.db")) as connection:
+        assert connection.execute("SELECT count(*) FROM document_chunks").fetchone() == (3 * LARGE_LIMIT,)
 
 
 def test_opening_needs_no_migrations_library(tmp_path: Path) -> None:
