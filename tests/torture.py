@@ -37,7 +37,7 @@ MEMORY = Path("/dev/shm")  # noqa: S108 -- no disk is waited for: a kill loses n
 
 EXAMPLES = """examples:
   make torture                                    5 minutes on SQLite, with a seed of chance
-  make torture SEED=7 MINUTES=30 STORE=sqlite     the run that docs/reliability.md tells of
+  make torture SEED=7 MINUTES=30 STORE=sqlite     as long as the runs that docs/reliability.md tells of
   make torture SEED=7 MINUTES=30 STORE=postgresql two gateways on a PostgreSQL of their own
   make torture MINUTES=1 FAXES=1000 KILLS=30      one minute, and longer until both are reached
 The exit code is 1 when a fax was lost, sent twice or not answered, or a reply came twice by different names;
