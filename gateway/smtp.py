@@ -13,6 +13,7 @@ Fails: a fault of ours is 451, a full disk 452; never a 250, never a 5xx.
 import asyncio
 import errno
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -142,6 +143,15 @@ class MailDoor:
         """Return a file for a mail that comes. Raises OSError."""
         return self._preparer.receive()
 
+    def room(self) -> bool:
+        """Say whether a mail that comes may go on: it may use half of what no new mail may touch."""
+        return shutil.disk_usage(self._folder).free >= DISK_RESERVE / 2
+
+    def largest(self, session: Peer, envelope: MailEnvelope) -> int:
+        """Return how many octets a mail may have: few if all the world may send it."""
+        stranger = not envelope.numbers and not self._policy.knows_client(_host(session))
+        return _LARGEST_FROM_STRANGERS if stranger else sys.maxsize
+
     def unwritten(self, session: Peer, envelope: MailEnvelope, error: OSError) -> str:
         """Return the answer for a mail that could not be written down."""
         return self._unavailable(error, time.monotonic(), {"peer": _host(session), "sender": envelope.sender})
@@ -226,8 +236,6 @@ class MailDoor:
 
     async def _forwarded(self, session: Peer, received: Received) -> bytes:
         """Add the trace line that every hop adds (RFC 5321, 4.4); a mail that loops is refused."""
-        if received.size > _LARGEST_FROM_STRANGERS and not self._policy.knows_client(_host(session)):
-            raise MailRefused(552, "5.3.4", "the postmaster takes no mail that large", "large, from outside")
         raw = await asyncio.to_thread(received.path.read_bytes)
         head = raw.partition(b"\r\n\r\n")[0].lower()
         if (b"\r\n" + head).count(b"\r\nreceived:") > MAX_HOPS:

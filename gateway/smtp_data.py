@@ -12,11 +12,16 @@ Fails: never by raising. `fault` tells what is wrong with the mail; its end is l
 the client listens for an answer only there (4.2.5).
 """
 
+import contextlib
+import errno
+import os
+from collections.abc import Callable
 from enum import Enum, auto
 from typing import BinaryIO
 
 _END = b"\r\n.\r\n"
 _BEGINNINGS = tuple(_END[:length] for length in range(len(_END) - 1, 0, -1))  # the longest first
+_ASK_EVERY = 1_000_000  # octets
 _BEFORE_THE_FIRST_LINE = b"\r\n"  # a mail begins like a line: with a dot it may end at once
 
 
@@ -33,9 +38,16 @@ class MailData:
     `fault`: why it cannot be taken; an OSError if it could not be written.
     """
 
-    def __init__(self, file: BinaryIO, *, size_limit: int, line_limit: int) -> None:
-        """`line_limit` is for a line with its CR LF; both limits count doubled dots, as they are received."""
+    def __init__(
+        self, file: BinaryIO, *, size_limit: int, line_limit: int, room: Callable[[], bool] = lambda: True
+    ) -> None:
+        """`line_limit` is for a line with its CR LF; both limits count doubled dots, as they are received.
+
+        `room` is asked from time to time whether the mail may go on; if not, that is a disk that is full.
+        """
         self._file = file
+        self._room = room
+        self._asked = 0  # octets at the last time
         self._size_limit = size_limit
         self._line_limit = line_limit
         self._held = _BEFORE_THE_FIRST_LINE
@@ -61,18 +73,30 @@ class MailData:
     def _take(self, octets: bytes) -> None:
         if not octets or self.fault is not None:
             return
+        self.fault = self._written(octets)
+        if self.fault is not None:
+            # The mail may go on for long. What is buffered stays so: the disk may be full.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), 0)
+
+    def _written(self, octets: bytes) -> Fault | OSError | None:
+        """Write what has come; return what is wrong with it."""
         first = 0 if self._begun else len(_BEFORE_THE_FIRST_LINE)
         self._begun = True
         self._size += len(octets) - first
         if self._size > self._size_limit:
-            self.fault = Fault.TOO_LARGE
-        elif self._has_long_line(octets, first - self._line):
-            self.fault = Fault.LONG_LINE
-        else:
-            try:
-                self._file.write(octets.replace(b"\r\n.", b"\r\n")[first:])
-            except OSError as error:
-                self.fault = error
+            return Fault.TOO_LARGE
+        if self._has_long_line(octets, first - self._line):
+            return Fault.LONG_LINE
+        if self._size - self._asked > _ASK_EVERY:
+            self._asked = self._size
+            if not self._room():
+                return OSError(errno.ENOSPC, "too little is left for what has begun")
+        try:
+            self._file.write(octets.replace(b"\r\n.", b"\r\n")[first:])
+        except OSError as error:
+            return error
+        return None
 
     def _has_long_line(self, octets: bytes, start: int) -> bool:
         """Look at the lines of which the first began at `start`, below 0 in an earlier piece."""

@@ -87,6 +87,12 @@ class Handler(Protocol):
     def receive(self) -> Received:
         """Return a file for the mail that comes. Raises OSError."""
 
+    def room(self) -> bool:
+        """Say whether the disk has room for more of it."""
+
+    def largest(self, session: Peer, envelope: MailEnvelope) -> int:
+        """Return how many octets this mail may have."""
+
     def unwritten(self, session: Peer, envelope: MailEnvelope, error: OSError) -> str:
         """Return the answer for a mail that could not be written down."""
 
@@ -241,7 +247,7 @@ class SmtpSession(SMTP):
         self._reset_timeout(max(0.001, min(self._timeout_duration, left)))
         if self._octets > _PATIENCE * self.data_size_limit:
             self._log_refused("552 5.3.4", "size")
-            self.turn_away(self._too_large(), linger=True)
+            self.turn_away(self._too_large(self.data_size_limit), linger=True)
             return
         rest = self._incoming.feed(data)
         if rest is not None:
@@ -252,8 +258,8 @@ class SmtpSession(SMTP):
             self._reset_timeout(max(ANSWER_TIME, self._timeout_duration))
             super().data_received(rest)
 
-    def _too_large(self) -> str:
-        return f"552 5.3.4 the mail is too large: {self.data_size_limit} octets at most"
+    def _too_large(self, most: int) -> str:
+        return f"552 5.3.4 the mail is too large: {most} octets at most"
 
     def _log_refused(self, answer: str, cause: str) -> None:
         log.info("mail_refused", peer=self._host, sender=self.envelope.sender, answer=answer, cause=cause)
@@ -284,7 +290,7 @@ class SmtpSession(SMTP):
         declared = _SIZE.search(arg or "")
         if declared and int(declared[1]) > self.data_size_limit:
             self._log_refused("552 5.3.4", "size")
-            await self.push(self._too_large())
+            await self.push(self._too_large(self.data_size_limit))
             return
         await super().smtp_MAIL(arg)
 
@@ -347,7 +353,10 @@ class SmtpSession(SMTP):
     async def _receive(self, received: Received) -> str | None:
         """Return, when the mail has come whole, the answer if it cannot be taken."""
         await self.push("354 end data with <CR><LF>.<CR><LF>")
-        data = MailData(received.file, size_limit=self.data_size_limit, line_limit=self.line_length_limit)
+        most = min(self.data_size_limit, self._mail_handler.largest(self.session, self.envelope))
+        data = MailData(
+            received.file, size_limit=most, line_limit=self.line_length_limit, room=self._mail_handler.room
+        )
         self._begun, self._octets = self.loop.time(), 0
         self._arrived.clear()
         # Some of the mail may have come together with DATA. An octet more, and this reads without a wait.
@@ -360,7 +369,7 @@ class SmtpSession(SMTP):
         match data.fault:
             case Fault.TOO_LARGE:
                 self._log_refused("552 5.3.4", "size")
-                return self._too_large()
+                return self._too_large(most)
             case Fault.LONG_LINE:
                 self._log_refused("554 5.6.0", "line")
                 return f"554 5.6.0 a line of the mail is longer than {self.line_length_limit} octets"

@@ -135,6 +135,13 @@ class SqliteDatabase(Database):
         await asyncio.to_thread(_empty_log, str(self.url.database))
 
     def _write_loop(self) -> None:
+        try:
+            self._work_off()
+        finally:
+            while self._larger:  # only after a fault: nobody shall wait for them in vain
+                self._larger.popleft().answer(None, StoreUnavailable("the store's thread ended"))
+
+    def _work_off(self) -> None:
         with self._writer.connect() as connection:
             statements = Statements(connection)
             seen = _news_of(statements.driver)
@@ -186,12 +193,22 @@ def _run_group(connection: Connection, statements: Statements, units: list[Unit]
             raise
         if begun and len(units) > 1:
             # A full disk makes SQLite undo everybody's work: who is not to blame gets another transaction.
-            for unit in units:
-                _run_group(connection, statements, [unit])
+            _run_each(connection, statements, units)
             return
         outcomes = [(None, translate(error))] * len(units)
     for unit, (result, failure) in zip(units, outcomes, strict=True):
         unit.answer(result, failure)
+
+
+def _run_each(connection: Connection, statements: Statements, units: list[Unit]) -> None:
+    """Run each unit in a transaction of its own; whatever ends that, all callers hear."""
+    waiting = collections.deque(units)
+    try:
+        while waiting:
+            _run_group(connection, statements, [waiting.popleft()])
+    finally:
+        for unit in waiting:
+            unit.answer(None, StoreUnavailable("the store's thread ended"))
 
 
 def _fsync_failed(error: Exception) -> bool:

@@ -11,7 +11,7 @@ Fails: with the driver's own errors, or SQLAlchemy's around them.
 """
 
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,7 +21,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.engine.result import IteratorResult, SimpleResultMetaData
 from sqlalchemy.sql.dml import UpdateBase
 
-Values = Mapping[str, Any]
+Values = dict[str, Any]
 _NONE: Values = {}
 
 
@@ -67,6 +67,7 @@ class Statements:
         known = self._texts.get(statement)
         if known is None:  # perhaps it never comes again
             self._texts[statement] = {}
+        if known is None or not isinstance(values, dict):
             return self._connection.execute(statement, values)
         names = tuple(values)
         try:
@@ -90,16 +91,17 @@ class Statements:
             return None
         compiled: Any = statement.compile(dialect=self._connection.dialect, column_keys=names or None)
         wanted = {name for name, bind in compiled.binds.items() if bind.required}
-        if compiled.post_compile_params or compiled.literal_execute_params or wanted - set(names):
-            return None
         columns = list(statement.exported_columns)
+        nameless = any(column.key is None for column in columns)
+        if compiled.post_compile_params or compiled.literal_execute_params or wanted - set(names) or nameless:
+            return None
         dialect = self._connection.dialect
         processors = [column.type.dialect_impl(dialect).result_processor(dialect, None) for column in columns]
         return _Text(
             sql=str(compiled),
             names=tuple(compiled.positiontup or ()),
             constants={name: value for name, value in compiled.params.items() if name not in names},
-            columns=SimpleResultMetaData([str(column.key) for column in columns]) if columns else None,
+            columns=SimpleResultMetaData([column.key or "" for column in columns]) if columns else None,
             readers=tuple((place, reader) for place, reader in enumerate(processors) if reader is not None),
         )
 

@@ -313,7 +313,7 @@ def _carry_out(unit: Unit, fax: Fax, event: Event, effect: Effect) -> None:
 
 
 _SPACING = 1.0  # seconds, though not of any clock: a mail more is as if it had come so much later
-_LAST_TURN = sa.select(sa.func.max(s.outbox.c.turn)).where(
+_LAST_TURN = sa.select(sa.func.max(s.outbox.c.turn).label("last")).where(
     sa.text("sent_at IS NULL AND given_up_at IS NULL"), s.outbox.c.recipient == sa.bindparam("of")
 )
 

@@ -1,6 +1,7 @@
 """Both ends of an SMTP session in the test's own process: a handler, and a connection in memory."""
 
 import asyncio
+import sys
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,7 @@ class Taker:
         self._fault = fault
         self.taken: list[bytes] = []
         self.unwritten_for: list[OSError] = []
+        self.has_room = True
 
     def files(self) -> list[Path]:
         """Return what lies in the folder now."""
@@ -43,6 +45,14 @@ class Taker:
         """Give a file."""
         handle, name = tempfile.mkstemp(dir=self._folder)
         return Received(handle, Path(name))
+
+    def room(self) -> bool:
+        """Have room."""
+        return self.has_room
+
+    def largest(self, _session: Peer, _envelope: MailEnvelope) -> int:
+        """Take any size."""
+        return sys.maxsize
 
     def unwritten(self, _session: Peer, _envelope: MailEnvelope, error: OSError) -> str:
         """Note what the file did."""

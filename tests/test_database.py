@@ -433,6 +433,36 @@ async def test_large_units_let_others_go_first(database: SqliteDatabase) -> None
     assert done == ["small", *(f"large {n}" for n in range(10))]
 
 
+def dies(first: str) -> Work[None]:
+    """Make a unit of work that undoes its transaction: `first` for that reason, then since fsync failed."""
+    causes = iter([first])
+
+    def work(connection: Any) -> None:
+        connection.driver.execute("ROLLBACK")
+        error = sqlite3.OperationalError(next(causes, "disk I/O error"))
+        if "I/O" in str(error):
+            error.sqlite_errorname = "SQLITE_IOERR_FSYNC"
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize("first", ["disk I/O error", "database or disk is full"])
+async def test_nobody_waits_for_a_store_that_has_ended(first: str, tmp_path: Path) -> None:
+    """When the disk fails to sync, all that waits is refused, also what was put off or is done one by one."""
+    broken: list[Exception] = []
+    database = SqliteDatabase(sqlite_url(tmp_path), lambda: None, broken.append)
+    database.open(serve=True)
+    with busy_writer(database):
+        waits = [database.write(dies(first)), *(database.write(chunk(n)) for n in range(3))]
+        waits += [database.write(chunk(n), large=True) for n in range(3, 3 + 3 * LARGE_LIMIT)]
+    async with asyncio.timeout(30):
+        answers = await asyncio.gather(*waits, return_exceptions=True)
+    assert {type(answer) for answer in answers} == {StoreUnavailable}
+    assert len(broken) == 1
+    await asyncio.to_thread(database.close)
+
+
 async def test_closing_finishes_what_was_put_off(tmp_path: Path) -> None:
     """Pieces of documents that wait behind others are written before the file is let go."""
     database = SqliteDatabase(sqlite_url(tmp_path))

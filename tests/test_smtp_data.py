@@ -419,6 +419,32 @@ async def test_a_disk_without_room_costs_the_mail_and_not_the_session(size: int,
     assert not taker.files()
 
 
+async def test_a_mail_that_uses_up_the_reserve_is_put_off_and_gives_it_back(tmp_path: Path) -> None:
+    """However many large mails have begun, what is left for events and replies stays free."""
+    taker = Taker(tmp_path)
+    taker.has_room = False
+    session = SmtpSession(taker, Sessions(1, 1), size_limit=9_000_000, hostname="h.example", timeout=300)
+    large = [(b"x\r\n" * 100_000, True)] * 10
+    said = await hear_out(session, [(b"DATA\r\n", True), *large, (END + b"NOOP\r\n", True)])
+    assert said.splitlines()[1:] == [b"452 4.3.1 unwritten", b"250 2.0.0 ok"]
+    assert [error.errno for error in taker.unwritten_for] == [errno.ENOSPC]
+    assert not taker.files()
+
+
+def test_what_a_refused_mail_took_is_given_back_at_once() -> None:
+    """A client that goes on for an hour after its mail was refused keeps no room meanwhile."""
+    with tempfile.TemporaryFile(buffering=0) as file:
+
+        def size() -> int:
+            return os.fstat(file.fileno()).st_size
+
+        data = MailData(file, size_limit=3_000_000, line_limit=LINE, room=lambda: size() == 0)
+        for _ in range(2):
+            assert data.feed(b"x\r\n" * 300_000) is None
+        assert isinstance(data.fault, OSError)
+        assert size() == 0
+
+
 @pytest.mark.parametrize(
     ("first", "fault"), [(b"x" * (LINE - 1), Fault.LONG_LINE), (b"x\r\n" * 66, Fault.TOO_LARGE)]
 )

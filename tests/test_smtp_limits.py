@@ -315,6 +315,24 @@ async def test_full_pool_puts_mails_off_before_they_are_sent(tmp_path: Path) -> 
         assert (await client.send(mail_of(paper()))).startswith("250 ")
 
 
+@pytest.mark.parametrize(
+    ("networks", "answer"), [("10.0.0.0/8", "552 5.3.4 the mail is"), ("127.0.0.1/32", "250 ")]
+)
+async def test_the_world_sends_small_mails_to_the_postmaster(
+    networks: str, answer: str, tmp_path: Path
+) -> None:
+    """Who may not fax takes no more than 1 MB of the disk with a mail that everybody may send."""
+    async with world(tmp_path, senders={"networks": [networks]}) as w, line(w) as client:
+        await client.hear()
+        for words in ("EHLO a", f"MAIL FROM:<{SENDER}>", "RCPT TO:<postmaster@fax.local>", "DATA"):
+            await client.say(words)
+        assert (await client.send(b"Subject: a\r\n\r\n" + b"x\r\n" * 400_000)).startswith(answer)
+        await client.say(f"MAIL FROM:<{SENDER}>")
+        for words in ("RCPT TO:<postmaster@fax.local>", "DATA"):
+            await client.say(words)
+        assert (await client.send(b"Subject: a\r\n\r\nhello")).startswith("250 ")
+
+
 # --- faults of ours ----------------------------------------------------------------------------------------
 
 
