@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harness import letter, numbers, until, world
+from harness import letter, numbers, program_after, until, world
 from papers import heavy
 from putting_off import contents, mail_again, send, to_data
 
@@ -15,6 +15,18 @@ FREE = numbers()
 # A small mail fits, in the folder for incoming mail; no page of the database's log does.
 LIMIT = 8 * 1024
 _LATER = "451 4.3.0 the mail could not be examined now; try again later"
+_FULL = "452 4.3.1 no space left here; try again later"
+# While a file is there the database must not grow: SQLite takes no limit below what it has already.
+FULL_STORE = """
+import pathlib
+from gateway import sqlite
+full, run_group = pathlib.Path({path!r}), sqlite._run_group
+def limited(connection, statements, units):
+    most = 1 if full.exists() else 2**32 - 2
+    statements.driver.execute(f"PRAGMA max_page_count={{most}}").close()
+    run_group(connection, statements, units)
+sqlite._run_group = limited
+"""
 
 
 @contextlib.contextmanager
@@ -64,3 +76,30 @@ async def test_a_daemon_that_may_write_no_more_loses_nothing_and_keeps_nothing_h
         errors = [line["error"].partition(":")[0] for line in w.gateway.said("mail_failed")]
         assert errors == ["StoreUnavailable", "OSError"]
         assert [len(w.taken(number)) for number in (called, small, large)] == [1, 1, 1]
+
+
+async def test_a_store_that_says_it_is_full_loses_nothing_and_keeps_nothing_half(tmp_path: Path) -> None:
+    """While the database may not grow, mail hears 452 and leaves nothing; with room again it is one fax."""
+    small, large = next(FREE), next(FREE)
+    # One goes in with its mail, the other piece by piece before it.
+    messages = {
+        number: letter(number, document=heavy(size)) for number, size in ((small, 100_000), (large, 600_000))
+    }
+    full = tmp_path / "full"
+    program = program_after(FULL_STORE.format(path=str(full)))
+    async with world(tmp_path, program=program) as w, contextlib.AsyncExitStack() as opened:
+        await w.replies(next(FREE))
+        clients = {number: await to_data(w, number, opened) for number in messages}
+        kept = contents(tmp_path)
+        full.touch()
+        for number, client in clients.items():
+            assert await send(client, messages[number]) == _FULL
+        errors = [line["error"] for line in w.gateway.said("mail_failed", answer="452 4.3.1")]
+        assert errors == ["StoreFull: OperationalError: database or disk is full"] * 2
+        assert contents(tmp_path) == kept
+        assert list((tmp_path / "incoming").iterdir()) == []
+        full.unlink()
+        for number, client in clients.items():
+            await mail_again(client, w, number, messages[number])
+        await w.everyone_told()
+        assert [len(w.taken(number)) for number in messages] == [1, 1]
