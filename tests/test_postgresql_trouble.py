@@ -16,7 +16,7 @@ from servers import PATIENCE, execute, gateway, say, statement, words
 from sqlalchemy.engine import Connection
 
 from gateway import postgresql
-from gateway.database import StoreUnavailable
+from gateway.database import StoreUnavailable, Work
 from gateway.postgresql import WRITERS, PostgresqlDatabase
 
 url = servers.url
@@ -161,6 +161,50 @@ async def test_a_server_that_does_not_answer_is_told_in_words(
     async with gateway(url) as (database, _):
         with pytest.raises(StoreUnavailable, match=r"^no answer within 1 s$"):
             await database.write(statement("SELECT pg_sleep(15)"))
+
+
+async def test_a_standby_that_never_comes_holds_nobody_up_for_ever(
+    machine: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit that waits for a standby in vain is given up in time; told not to wait, all goes on."""
+    limit = 1.0
+    monkeypatch.setattr(postgresql, "ANSWER_LIMIT", limit)
+    monkeypatch.setattr(postgresql._Connection, "patience", limit)
+    monkeypatch.setattr(postgresql, "AWAY_PAUSE", 0.1)
+    machine.start(wal_level="replica", max_wal_senders="1")
+    url = machine.create()
+    execute(url, "CREATE TABLE words (word TEXT); INSERT INTO words VALUES ('first')")
+    lengthen = statement("UPDATE words SET word = word || '+' WHERE word LIKE 'first%'")
+    async with gateway(url) as (database, _):
+        _wait_for_standby(machine, "nobody")
+        times = 0
+        async with asyncio.timeout(PATIENCE):
+            while (waited := await _refused(database, lengthen)) is None:
+                times += 1  # the server has not heard of its setting yet
+        assert limit <= waited < limit + 1.0
+        _wait_for_standby(machine, "")
+        await until_written(database, "last")
+        # Nobody locks the row any more; what was refused had happened, which a caller must reckon with.
+        await database.write(lengthen)
+    assert words(url) == {"first" + "+" * (times + 2), "last"}
+    machine.stop()
+
+
+async def _refused(database: PostgresqlDatabase, work: Work[None]) -> float | None:
+    """Return after how many seconds the work was refused, None if it was done."""
+    began = time.monotonic()
+    try:
+        await database.write(work)
+    except StoreUnavailable as error:
+        assert str(error) == "no answer within 1 s"  # noqa: PT017 -- done is all right, too
+        return time.monotonic() - began
+    return None
+
+
+def _wait_for_standby(machine: Server, name: str) -> None:
+    """Let every commit wait for the standby of that name, or for none."""
+    machine.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{name}'")
+    machine.execute("SELECT pg_reload_conf()")
 
 
 async def test_nobody_waits_for_a_thread_that_ended(url: str) -> None:
