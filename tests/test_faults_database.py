@@ -48,6 +48,7 @@ sqlite.SqliteDatabase = partial(sqlite.SqliteDatabase, busy_timeout={PATIENT_FOR
 )
 ASKS_SOON = {"poll_after": "1s"}  # the carrier gives up some events while the store is away
 LOOPS = ("calls", "questions", "caretaker", "claim_notices")
+TRIES = 5  # to reach the server in vain, a pause of the gateway's (`AWAY_PAUSE`) between two of them
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -166,10 +167,11 @@ async def test_a_database_that_another_program_keeps_locked(tmp_path_factory: py
 
 
 async def test_postgresql_stopped_for_a_while(w: World, server: Server) -> None:
-    """No server: at once 451, 503 and "not ready"; when it is back all goes on by itself, each fax once."""
+    """No server for five tries: at once 451, 503, "not ready"; when it is back all goes on, each fax once."""
     async with away(w, 2.0) as failed:
         await asyncio.to_thread(server.stop, SIGINT)
         await failed()
+        await until(lambda: len(in_vain(w)) >= TRIES, "the daemon to try again and again")
         assert (await asked(w, "/readyz"), await asked(w, "/healthz")) == (503, 200)
         await asyncio.to_thread(server.start)
 
@@ -181,6 +183,11 @@ async def test_postgresql_silent_for_a_while(w: World, server: Server) -> None:
         await failed()
         assert (await asked(w, "/readyz"), await asked(w, "/healthz")) == (503, 200)
         await asyncio.to_thread(server.thaw)
+
+
+def in_vain(w: World) -> list[dict[str, Any]]:
+    """Return the log lines of tries to reach the server, without those that a pause forbade."""
+    return [line for line in w.gateway.said("store_failed") if "Connection refused" in line["error"]]
 
 
 async def restarted(server: Server) -> None:
