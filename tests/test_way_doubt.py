@@ -26,12 +26,12 @@ HASTY = {"doubt_checks": ["200ms", "400ms"]}
 TAKEN = {
     "+13125550159": "answer-lost",
     "+13125550160": "answer-and-webhooks-lost",
-    "+13125550161": "answer-lost-and-hidden",
-    "+13125550176": "500-after-acceptance",
     "+13125550177": "202-without-id",
     "+13125550178": "202-html",
     "+13125550179": "202-huge",
 }
+HIDDEN = "+13125550161"  # answer-lost-and-hidden
+TAKEN_500 = "+13125550176"  # 500-after-acceptance
 NOT_TAKEN = {
     "+13125550162": "cut-before-acceptance",
     "+13125550175": "500-before-acceptance",
@@ -45,7 +45,7 @@ class Doubts:
 
     w: World
     mail_id: str = ""
-    numbers: tuple[str, ...] = (*TAKEN, *NOT_TAKEN)
+    numbers: tuple[str, ...] = (*TAKEN, HIDDEN, TAKEN_500, *NOT_TAKEN)
     posted: list[tuple[str, float]] = field(default_factory=list)
 
     def fax(self, number: str) -> str:
@@ -72,7 +72,25 @@ async def doubts(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Doub
 
 @pytest.mark.parametrize("number", TAKEN, ids=TAKEN.values())
 async def test_what_the_carrier_took_is_never_posted_again(doubts: Doubts, number: str) -> None:
-    """However the answer gets lost after acceptance: the call is found, told, and not made twice."""
+    """Answer lost or unreadable after acceptance: the call is found, told as delivered, not made twice."""
+    await found_and_not_made_twice(doubts, number)
+
+
+async def test_a_500_after_the_carrier_took_the_fax_is_a_doubt_and_no_refusal(doubts: Doubts) -> None:
+    """Carrier 5xx after taking the fax: the call is found, told as delivered, not made twice."""
+    await found_and_not_made_twice(doubts, TAKEN_500)
+
+
+async def test_a_list_that_lags_behind_the_acceptance_proves_no_absence(doubts: Doubts) -> None:
+    """List lagging after acceptance: no look before the last proves anything, a later one finds the call."""
+    await found_and_not_made_twice(doubts, HIDDEN)
+    *before, last = doubts.w.gateway.said("doubt_checked", fax=doubts.fax(HIDDEN))
+    assert last["verdict"] == "Bind"
+    assert {line["verdict"] for line in before} <= {"Undecided"}
+
+
+async def found_and_not_made_twice(doubts: Doubts, number: str) -> None:
+    """See that a call whose answer was lost was doubted, found, and told as delivered: one POST, one call."""
     reply = await doubts.w.reply(doubts.fax(number))
     assert (reply["X-Fax-Outcome"], reply["X-Fax-Attempts"]) == ("delivered", "1")
     assert doubts.w.gateway.said("call_in_doubt", fax=doubts.fax(number))
@@ -163,11 +181,14 @@ async def hasty(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
         await w.everyone_told()
 
 
-async def test_a_list_that_hides_everything_proves_nothing(hasty: World) -> None:
-    """As long as the list does not show what it must, nothing is posted again; then the call is found."""
+@pytest.mark.parametrize("rules", [{"empty": True}, {"lag_seconds": 600.0}], ids=["empty", "lagging"])
+async def test_a_list_that_does_not_show_what_it_must_proves_nothing(
+    hasty: World, rules: dict[str, Any]
+) -> None:
+    """List empty or minutes behind after acceptance: nothing is posted again; later the call is found."""
     w, number = hasty, next(FREE)
     await w.replies(next(FREE))
-    w.carrier.set_list(empty=True)
+    w.carrier.set_list(**rules)
     w.carrier.set_script({number: "answer-and-webhooks-lost"})
     mail_id = await w.mail(number)
     checked = {"fax": f"{mail_id}-1", "verdict": "Undecided"}
