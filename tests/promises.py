@@ -29,7 +29,7 @@ class Promises(RuleBasedStateMachine):
 
     @invariant()
     def every_accepted_fax_is_there_and_waits_for_something(self) -> None:
-        """I1, I4: what was answered 250 has ended, or has a time or a cause; what has ended stays so."""
+        """Nothing lost: what was answered 250 has ended for good, or has a time or a cause to wait for."""
         rows = self.world.look("SELECT id, state, due_at, held_for, ended_at FROM faxes")
         assert sorted(self.past.accepted) == sorted(row.id for row in rows)
         for row in rows:
@@ -42,7 +42,7 @@ class Promises(RuleBasedStateMachine):
 
     @invariant()
     def one_fax_of_a_mail(self) -> None:
-        """I6: a mail became one fax to each number, however often it came within a day."""
+        """No mail twice: a mail became one fax to each number, however often it came within a day."""
         rows = self.world.look(
             "SELECT message_id, number, accepted_at FROM faxes JOIN mails ON mails.id = mail_id"
             " WHERE state NOT IN ('failed', 'cancelled') ORDER BY message_id, number, accepted_at"
@@ -53,7 +53,7 @@ class Promises(RuleBasedStateMachine):
 
     @invariant()
     def one_open_call(self) -> None:
-        """I2: no fax has two calls of unknown end, no number two calls at a time."""
+        """One call at a time: no fax has two calls of unknown end, no number two calls at a time."""
         rows = self.world.look("SELECT fax_id, number, blocking FROM attempts WHERE open")
         faxes = [row.fax_id for row in rows if row.fax_id not in self.past.risked]
         assert len(faxes) == len(set(faxes))
@@ -62,7 +62,7 @@ class Promises(RuleBasedStateMachine):
 
     @invariant()
     def calls_are_told_apart(self) -> None:
-        """I3: the carrier took each attempt at most once, and each is bound to the call that it made."""
+        """No call twice: the carrier took each attempt at most once, and it is bound to the call it made."""
         made = [entry.attempt_id for entry in self.carrier.ledger.values()]
         assert len(made) == len(set(made))
         if self.past.restored:  # the backup does not know who made what came after it
@@ -77,7 +77,7 @@ class Promises(RuleBasedStateMachine):
 
     @invariant()
     def one_final_notice(self) -> None:
-        """I5: a fax has exactly one final notice once it has ended, and none before."""
+        """Told once: a fax has exactly one final notice once it has ended, and none before."""
         told = self.world.look(
             "SELECT fax_id, notice FROM outbox WHERE notice IN ('delivered', 'failed', 'cancelled')"
         )
@@ -85,7 +85,7 @@ class Promises(RuleBasedStateMachine):
 
     @invariant()
     def delivered_is_true(self) -> None:
-        """Who is told that a fax was delivered has had it delivered."""
+        """Nothing untrue: who is told that a fax was delivered has had it delivered."""
         arrived = {entry.fax_id for entry in self.carrier.ledger.values() if entry.stage is Stage.DELIVERED}
         if not self.past.restored:
             ended = self.past.ended.items()
@@ -93,13 +93,13 @@ class Promises(RuleBasedStateMachine):
 
     @invariant()
     def nothing_unforeseen(self) -> None:
-        """No loop met a fault that nobody thought of."""
+        """Nothing unforeseen: no loop met a fault that nobody thought of."""
         assert [line for line in self.world.log if line["event"] == "task_failed"] == []
 
     # --- the end ---------------------------------------------------------------------------------------
 
     def teardown(self) -> None:
-        """Let the world become calm: then every fax comes to its end (I4)."""
+        """Let the world become calm: then every fax comes to its end, none waits for ever."""
         try:
             self._come_to_the_end()
         finally:
