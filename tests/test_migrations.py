@@ -6,6 +6,8 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
+import postgres
+import psycopg
 import pytest
 import sqlalchemy as sa
 from alembic.script import ScriptDirectory
@@ -55,6 +57,29 @@ def test_the_migrations_build_what_the_program_expects(tmp_path: Path) -> None:
     assert any(
         "uq_attempts_calling" in line and "WHERE blocking" in line for line in schema_of(tmp_path / "new.db")
     )
+
+
+def test_the_migrations_build_the_indexes_that_postgresql_needs() -> None:
+    """On PostgreSQL, too, a database that grew has the indexes of one made new, conditions included."""
+    server = postgres.server()
+    new = server.create()
+    engine = sa.create_engine(new)
+    metadata.create_all(engine)
+    engine.dispose()
+    grown = server.create(postgres.template())
+    try:
+        assert indexes_of(grown) == indexes_of(new)
+        assert any("uq_attempts_calling" in line and "WHERE blocking" in line for line in indexes_of(new))
+    finally:
+        server.drop(grown)
+        server.drop(new)
+
+
+def indexes_of(url: str) -> set[str]:
+    """Return the statements that make the indexes of a database on PostgreSQL."""
+    query = "SELECT indexdef FROM pg_indexes WHERE schemaname = 'public' AND tablename <> 'alembic_version'"
+    with psycopg.connect(url) as connection:
+        return {statement for (statement,) in connection.execute(query)}
 
 
 def test_every_migration_is_listed_in_its_order() -> None:
