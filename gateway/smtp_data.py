@@ -6,7 +6,7 @@ and writing the rest to a file; the limits on the mail's size and on its lines.
 Promises: CR LF . CR LF ends a mail and nothing else does (RFC 5321, 4.1.1.4): a lone CR or LF counts for no
 part of it, however the octets were cut into pieces. What comes after the end is handed back untouched. The
 file holds the mail octet for octet, the doubled dots aside (4.5.2). Memory stays flat: four octets of a mail
-wait at most, and of one that is refused nothing more is written.
+wait at most. Of one that is refused nothing more is written, and what was written is given back.
 
 Fails: never by raising. `fault` tells what is wrong with the mail; its end is looked for all the same, since
 the client listens for an answer only there (4.2.5).
