@@ -121,8 +121,7 @@ def join(attachments: Sequence[Attachment], *, max_pages: int, max_size: int) ->
             f"The document has {_megabytes(len(data))}; at most {_megabytes(max_size)} can be faxed.",
             "document too large",
         )
-    known = data is attachments[0].data
-    return Document(data, pages, attachments[0].sha256 if known else hashlib.sha256(data).hexdigest())
+    return Document(data, pages, hashlib.sha256(data).hexdigest())
 
 
 def first_page_picture(data: bytes) -> bytes:
