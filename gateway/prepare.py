@@ -73,11 +73,6 @@ class Received:
         self.file: BinaryIO = os.fdopen(handle, "wb")
         self.path = path
 
-    @property
-    def size(self) -> int:
-        """How many octets were written and flushed."""
-        return self.path.stat().st_size
-
     def __enter__(self) -> Self:
         """Return this."""
         return self

@@ -1,4 +1,4 @@
-"""Statements compiled once: SQLAlchemy's own way to run one takes three times as long as SQLite needs for it.
+"""Statements compiled once: SQLAlchemy's own way to run one costs many times what SQLite needs for it.
 
 In charge of: running the statements that are constants of a module as text, straight on the driver. A
 statement that comes for the first time goes SQLAlchemy's way, and so does each that is built for one use or
@@ -67,7 +67,7 @@ class Statements:
         known = self._texts.get(statement)
         if known is None:  # perhaps it never comes again
             self._texts[statement] = {}
-        if known is None or not isinstance(values, dict):
+        if known is None or not isinstance(values, dict):  # a list of sets of values is not ours
             return self._connection.execute(statement, values)
         names = tuple(values)
         try:

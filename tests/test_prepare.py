@@ -148,7 +148,7 @@ async def test_mail_comes_in_by_a_private_file_of_its_own(opened: Opened, tmp_pa
         assert received.path.stat().st_mode & 0o777 == 0o600
         received.file.write(b"a mail")
         received.file.flush()
-        assert (received.size, other.size) == (6, 0)
+        assert (received.path.stat().st_size, other.path.stat().st_size) == (6, 0)
         received.file.write(b" and what nobody waits for")
     assert received.file.closed
     assert not list((tmp_path / "work").iterdir())

@@ -29,7 +29,6 @@ def upgrade() -> None:
         postgresql_where=sa.text("state = 'queued' AND NOT ripe"),
     )
     op.add_column("outbox", sa.Column("turn", sa.Float(), server_default="0", nullable=False))
-    op.add_column("outbox", sa.Column("claims", sa.Integer(), server_default="0", nullable=False))
     op.drop_index("ix_outbox_due", "outbox")
     pending = sa.text("sent_at IS NULL AND given_up_at IS NULL")
     op.create_index(
