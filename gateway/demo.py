@@ -16,7 +16,6 @@ import email.policy
 import json
 import signal
 import smtplib
-import socket
 import sys
 import tempfile
 import time
@@ -33,10 +32,11 @@ from gateway.sandbox import Sandbox, SandboxOptions
 
 NUMBER = "+13125550100"  # the sandbox delivers it
 SENDER = "you@example.com"
+_ANY_PORT = "127.0.0.1:0"
 _PATIENCE = 60.0  # seconds for the sample to come through
 _CONFIG = """\
 [smtp]
-listen = "127.0.0.1:{smtp_port}"
+listen = "{smtp}"
 
 [telnyx]
 api_key = "sandbox-key"
@@ -46,7 +46,7 @@ public_key = "{public_key}"
 api_base = "{api_base}"
 
 [http]
-listen = "127.0.0.1:{http_port}"
+listen = "{http}"
 
 [replies]
 relay = "smtp://127.0.0.1:{relay_port}"
@@ -112,6 +112,18 @@ class Demonstration:
             server.close()
 
     # --- the gateway --------------------------------------------------------------------------------------
+
+    def configure(self, carrier: Sandbox, relay_port: int, *, smtp: str, http: str) -> Path:
+        """Write the configuration, with the addresses to listen on; returns its path."""
+        config = self.folder / "config.toml"
+        config.write_text(
+            _CONFIG.format(
+                public_key=carrier.public_key, api_base=carrier.url, relay_port=relay_port,
+                folder=self.folder, smtp=smtp, http=http,
+            )
+        )  # fmt: skip
+        config.chmod(0o640)
+        return config
 
     @contextlib.asynccontextmanager
     async def gateway(self, config: Path) -> AsyncIterator[None]:
@@ -200,13 +212,6 @@ class Demonstration:
         self._show("")
 
 
-def _free_port() -> int:
-    """Return a port that is free now: the configuration shall name it, for `fax-gateway send`."""
-    with socket.create_server(("127.0.0.1", 0)) as door:
-        port: int = door.getsockname()[1]
-        return port
-
-
 async def run(*, once: bool, show: Show) -> int:
     """Show the main job working; then go on serving, unless `once`. Returns the exit code."""
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
@@ -219,17 +224,16 @@ async def run(*, once: bool, show: Show) -> int:
     await carrier.start()
     try:
         async with demonstration.mailbox() as relay_port:
-            config = folder / "config.toml"
-            config.write_text(
-                _CONFIG.format(
-                    public_key=carrier.public_key, api_base=carrier.url, relay_port=relay_port, folder=folder,
-                    smtp_port=_free_port(), http_port=_free_port(),
-                )
-            )  # fmt: skip
-            config.chmod(0o640)
+            config = demonstration.configure(carrier, relay_port, smtp=_ANY_PORT, http=_ANY_PORT)
             demonstration.tell(f"the sandbox carrier listens at {carrier.url}")
             async with demonstration.gateway(config):
-                return await _show_way(demonstration, carrier, config, once=once, show=show)
+                async with asyncio.timeout(_PATIENCE):
+                    doors = await demonstration.doors
+                # For `fax-gateway send`: where the daemon really listens.
+                demonstration.configure(carrier, relay_port, smtp=doors["smtp"], http=doors["http"])
+                carrier.set_webhook_url(f"http://{doors['http']}/webhooks/telnyx")
+                port = int(doors["smtp"].rpartition(":")[2])
+                return await _show_way(demonstration, port, config, once=once, show=show)
     except (RuntimeError, TimeoutError, OSError) as error:
         show(f"the demonstration failed: {type(error).__name__} {error}; the log is {folder}/gateway.log")
         return 1
@@ -237,13 +241,8 @@ async def run(*, once: bool, show: Show) -> int:
         await carrier.close()
 
 
-async def _show_way(
-    demonstration: Demonstration, carrier: Sandbox, config: Path, *, once: bool, show: Show
-) -> int:
+async def _show_way(demonstration: Demonstration, port: int, config: Path, *, once: bool, show: Show) -> int:
     async with asyncio.timeout(_PATIENCE):
-        doors = await demonstration.doors
-        carrier.set_webhook_url(f"http://{doors['http']}/webhooks/telnyx")
-        port = int(doors["smtp"].rpartition(":")[2])
         document = demonstration.sample()
         demonstration.tell(f"a mail with sample.pdf goes from {SENDER} to {NUMBER}@fax.local")
         await demonstration.mail(port, document)

@@ -50,7 +50,11 @@ async def test_the_demonstration_goes_on_serving_until_it_is_told_to_end() -> No
 
     reader = asyncio.create_task(read())
     try:
-        await until(lambda: [line for line in seen if "Ctrl-C" in line], "the demonstration to serve")
+        await until(
+            lambda: process.returncode is not None or [line for line in seen if "Ctrl-C" in line],
+            "the demonstration to serve",
+        )
+        assert process.returncode is None, "\n".join(seen)
         command = next(line for line in seen if " -m gateway send " in line)
         config = next(line for line in seen if line.strip().startswith("--config"))
         words = command.replace("\\", "").split()[3:] + config.split()
@@ -69,7 +73,8 @@ async def test_the_demonstration_goes_on_serving_until_it_is_told_to_end() -> No
             lambda: [line for line in seen if "will be called again" in line], "the busy call's retry"
         )
     finally:
-        process.send_signal(signal.SIGINT)
+        if process.returncode is None:
+            process.send_signal(signal.SIGINT)
         code = await process.wait()
         await reader
     assert code == 0
