@@ -2,8 +2,8 @@
 
 In charge of: the wait of every loop, ended by a ring or by its timeout.
 
-Promises: a ring between two waits is not lost, it ends the next one at once. A lost ring costs the timeout,
-never a fax: each loop looks again by itself.
+Promises: a ring between two waits is not lost, it ends the next one at once, unless the listener only looks
+by itself. A lost ring costs the timeout, never a fax: each loop looks again.
 
 Fails: never.
 """
@@ -26,16 +26,19 @@ class Bell:
 
     def __init__(self) -> None:
         self._listeners: list[Listener] = []
+        self._woken: list[Listener] = []
 
     def ring(self) -> None:
-        """Wake everyone. From another thread: `loop.call_soon_threadsafe(bell.ring)`."""
-        for listener in self._listeners:
+        """Wake everyone who wants it. From another thread: `loop.call_soon_threadsafe(bell.ring)`."""
+        for listener in self._woken:
             listener.event.set()
 
-    def listener(self) -> "Listener":
-        """Return a new listener."""
+    def listener(self, *, woken: bool = True) -> "Listener":
+        """Return a new listener; one that is not `woken` only looks when its time has run out."""
         listener = Listener()
         self._listeners.append(listener)
+        if woken:
+            self._woken.append(listener)
         return listener
 
     def longest_turn(self) -> float:
@@ -51,7 +54,7 @@ class Listener:
         self.came_round = time.monotonic()
 
     async def wait(self, timeout: float) -> None:  # noqa: ASYNC109 -- running out is the normal case here
-        """Return when the bell rang, or rang since the last wait, or after `timeout` seconds."""
+        """Return when the bell woke it, or did so since the last wait, or after `timeout` seconds."""
         self.came_round = time.monotonic()
         # Not `wait_for`: before Python 3.12 it forgets a cancellation that comes together with the ring.
         with contextlib.suppress(TimeoutError):

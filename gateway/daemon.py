@@ -241,8 +241,9 @@ async def _tasks(
 ) -> AsyncIterator[list[asyncio.Task[None]]]:
     tasks = [
         asyncio.create_task(dispatcher.run_calls(bell.listener()), name="calls"),
-        asyncio.create_task(dispatcher.run_questions(bell.listener()), name="questions"),
-        asyncio.create_task(dispatcher.run_caretaker(bell.listener()), name="caretaker"),
+        # What these two look for comes with time: looking after each commit would cost more than the commit.
+        asyncio.create_task(dispatcher.run_questions(bell.listener(woken=False)), name="questions"),
+        asyncio.create_task(dispatcher.run_caretaker(bell.listener(woken=False)), name="caretaker"),
         asyncio.create_task(notices, name="notices"),
     ]
     try:

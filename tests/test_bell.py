@@ -2,6 +2,8 @@
 
 import asyncio
 
+import pytest
+
 from gateway.bell import Bell
 
 
@@ -18,6 +20,18 @@ async def test_a_wait_ends_by_itself() -> None:
     """Without a ring the wait ends after its time."""
     async with asyncio.timeout(5):
         await Bell().listener().wait(0.01)
+
+
+async def test_what_only_comes_with_time_is_not_woken_by_a_ring() -> None:
+    """A listener that does not want to be woken waits its time out; the others hear the ring."""
+    bell = Bell()
+    sleeper, waker = bell.listener(woken=False), bell.listener()
+    bell.ring()
+    async with asyncio.timeout(5):
+        await waker.wait(3600)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await sleeper.wait(3600)
 
 
 async def test_a_loop_that_is_cancelled_together_with_a_ring_ends() -> None:
