@@ -57,7 +57,9 @@ _MOST = 200  # faxes in one look, so that it holds up nobody
 
 # --- calls -----------------------------------------------------------------------------------------
 
-_SLOTS = sa.select(s.attempts.c.slot).where(sa.text("blocking"), s.attempts.c.blocking.is_(True))
+_TAKEN_SLOTS = sa.text("blocking"), s.attempts.c.blocking.is_(True), s.attempts.c.slot.is_not(None)
+_SLOTS = sa.select(s.attempts.c.slot).where(*_TAKEN_SLOTS)
+_SLOTS_TAKEN = sa.select(sa.func.count().label("slots")).select_from(s.attempts).where(*_TAKEN_SLOTS)
 _CALLING = sa.select(s.attempts.c.number).where(sa.text("blocking"))
 _OPEN = sa.exists().where(s.attempts.c.fax_id == s.faxes.c.id, s.attempts.c.open.is_(True)).correlate(s.faxes)
 _RIPE = (
@@ -98,10 +100,11 @@ def claim_call(unit: Unit, settings: CallSettings) -> Fax | None:
     brakes = [row for row in standing_brakes(unit) if row.scope in {"account", settings.from_number}]
     if any(row.probe_at is None or row.probe_at > unit.now for row in brakes):
         return None
-    taken = {row.slot for row in connection.execute(_SLOTS)}
-    slot = next((slot for slot in range(settings.channels) if slot not in taken), None)
-    if slot is None:
+    # Counted first: this is asked after each commit, also while thousands of calls are open.
+    if connection.execute(_SLOTS_TAKEN).scalar_one() >= settings.channels:
         return None
+    taken = {row.slot for row in connection.execute(_SLOTS)}
+    slot = next(slot for slot in range(settings.channels) if slot not in taken)
     connection.execute(_RIPEN, {"now": unit.now})
     row = connection.execute(_NEXT).first()
     if row is None:
@@ -163,15 +166,16 @@ def claim_questions(unit: Unit, most: int) -> list[Fax]:
     One whose questions nobody came back from, time and again, is set aside instead. Until then it comes by
     itself: should it be to blame, it shall not drag others along.
     """
-    rows = unit.connection.execute(_QUESTIONS, {"now": unit.now, "most": most}).all()
-    claimed = []
-    for row in suspects_apart(rows, lambda row: row.asks > 0):
-        unit.connection.execute(_LEASE, {"fax_id": row.id, "until": unit.now + QUESTION_LEASE})
-        if row.asks >= HARMFUL_AFTER:
-            cause = "the gateway came to an end at each question about it"
-            apply(unit, row.id, SetAside(HeldFor.HARMFUL, cause))
-            continue
-        claimed.append(load(unit.connection, row.id))
+    claimed: list[Fax] = []
+    due = {"now": unit.now, "most": most}
+    while not claimed and (rows := unit.connection.execute(_QUESTIONS, due).all()):
+        for row in suspects_apart(rows, lambda row: row.asks > 0):
+            unit.connection.execute(_LEASE, {"fax_id": row.id, "until": unit.now + QUESTION_LEASE})
+            if row.asks >= HARMFUL_AFTER:
+                cause = "the gateway came to an end at each question about it"
+                apply(unit, row.id, SetAside(HeldFor.HARMFUL, cause))
+            else:
+                claimed.append(load(unit.connection, row.id))
     return claimed
 
 
