@@ -51,8 +51,7 @@ def _opened(file: Path) -> Iterator[sqlite3.Connection]:
         connection.execute("PRAGMA cache_size=-500000")
         connection.execute("BEGIN")
         yield connection
-        connection.execute("COMMIT")
-        connection.execute("ANALYZE")
+        connection.execute("COMMIT")  # and no ANALYZE, which the gateway does not use either
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 

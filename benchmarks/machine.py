@@ -12,7 +12,16 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-LIBRARIES = ("aiosmtpd", "aiohttp", "sqlalchemy", "psycopg", "pikepdf", "cryptography", "aiosmtplib")
+LIBRARIES = (
+    "aiosmtpd",
+    "aiohttp",
+    "sqlalchemy",
+    "psycopg",
+    "pikepdf",
+    "pybase64",
+    "cryptography",
+    "aiosmtplib",
+)
 _BLOCK = 16384  # octets: the gateway's database pages
 _PIECE = 1 << 20
 

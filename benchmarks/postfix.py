@@ -7,6 +7,7 @@ it would hold back clients that are faster than its deliveries.
 import os
 import pwd
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Self
 
@@ -70,6 +71,12 @@ def missing(folder: Path) -> str | None:
         return "Postfix starts as root only"
     shut = shut_to_others(folder)
     return f"the user postfix cannot enter {shut}: name another folder" if shut else None
+
+
+def version() -> str:
+    """Return the version of the Postfix that is here."""
+    command = [str(Path(str(_PROGRAM)).with_name("postconf")), "-d", "-h", "mail_version"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 class Postfix:

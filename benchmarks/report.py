@@ -167,37 +167,30 @@ def _door(results: Results) -> str:
             sent = sum(results.values("door", "mails", peer="ours", **cell)) + rejected
             rows.append([
                 size, str(sessions), *map(_told, rates), *map(_told, ratios), *map(_told, cpu),
-                f"{_ratio(rejected, sent) or 0:.1%}",
+                f"{_ratio(rejected, sent) or 0:.1%}", *_bounds(results, size, rates[0]),
             ])  # fmt: skip
     if not rows:
         return ""
     names = list(PEERS.values())
     head = [
         "PDF", "sessions", *names, "to Postfix", "to stock", *(f"CPU ms, {name}" for name in names),
-        "put off",
+        "put off", "of fsync", "of loopback",
     ]  # fmt: skip
     title = "### The door: mails a second\n\n"
-    return f"{title}{_made(results, 'door')}{_table(head, rows)}\n{_door_bounds(results)}"
+    return f"{title}{_made(results, 'door')}{_table(head, rows)}\n{_door_spread(results)}"
 
 
-def _door_bounds(results: Results) -> str:
-    said = []
-    fsync, loopback = results.median("bounds", "fsync"), results.median("bounds", "loopback")
-    for sessions in results.different("door", "sessions"):
-        share = _ratio(results.median("door", "rate", peer="ours", size="2 KB", sessions=sessions), fsync)
-        if share is not None:
-            said.append(f"{share:.2f} (sessions: {sessions})")
-    text = (
-        f"Mails with 2 KB that it takes in the time of one bare fsync: {', '.join(said)}.\n" if said else ""
-    )
-    rate, octets = (
-        results.median("door", "rate", peer="ours", size="20 MB", sessions=10),
-        results.median("mails", "octets", size="20 MB"),
-    )
-    if rate and octets and loopback:
-        speed = rate * octets / 1e6
-        part = f"{speed / loopback:.1%} of the loopback read"
-        text += f"At 20 MB with 10 sessions it takes {speed:.0f} MB/s of mail, {part}.\n"
+def _bounds(results: Results, size: str, rate: float | None) -> list[str]:
+    """Return which share of the machine's bare fsyncs and of its bare loopback read a rate of ours is."""
+    octets = results.median("mails", "octets", size=size)
+    moved = rate * octets / 1e6 if rate and octets else None
+    shares = (
+        _ratio(rate, results.median("bounds", "fsync")), _ratio(moved, results.median("bounds", "loopback"))
+    )  # fmt: skip
+    return ["-" if share is None else f"{share:.1%}" for share in shares]
+
+
+def _door_spread(results: Results) -> str:
     spreads = []
     for peer in PEERS:
         for size in SIZES:
@@ -206,7 +199,7 @@ def _door_bounds(results: Results) -> str:
                 if values:
                     spreads.append((max(values) - min(values)) / statistics.median(values))
     spread = statistics.median(spreads)
-    return f"{text}Between its slowest and fastest round a rate differs by {spread:.0%} (median of all).\n"
+    return f"Between its slowest and fastest round a rate differs by {spread:.0%} (median of all).\n"
 
 
 def _stalls(results: Results) -> str:

@@ -36,6 +36,7 @@ def measure(results: Results, plan: Plan, folder: Path) -> None:
         stack.callback(shutil.rmtree, folder / "postgresql")
         server.start()
         stack.callback(server.stop)
+        results.machine["PostgreSQL"] = (folder / "postgresql" / "data" / "PG_VERSION").read_text().strip()
         rates: dict[str, tuple[float, float]] = {}
         for turn in range(plan.rounds + 1):
             for name in VARIANTS:
