@@ -10,6 +10,7 @@ daemon left. One picture is drawn at a time: with two children or more, pages th
 a mail waiting. The child is run as `python -I -m gateway.prepare`.
 """
 
+import abc
 import asyncio
 import base64
 import contextlib
@@ -32,8 +33,28 @@ TURN_LIMIT = 10.0
 _PREFIX = "prepare-"
 
 
+class _Discarded(abc.ABC):
+    """What leaves no file behind when its context ends."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> Self:
+        """Return this."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Discard the file."""
+        self.discard()
+
+    @abc.abstractmethod
+    def discard(self) -> None:
+        """Remove the file."""
+
+
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(_Discarded):
     """A mail whose document is ready to be stored; use it as a context, or call `discard`.
 
     `message_key` is over the received Message-ID, `digest` over the received attachments (`message.Mail`),
@@ -51,37 +72,17 @@ class Prepared:
     sha256: str
     document: Path
 
-    def __enter__(self) -> Self:
-        """Return this."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Discard the document."""
-        self.discard()
-
     def discard(self) -> None:
         """Remove the document's file; harmless if it is gone."""
         self.document.unlink(missing_ok=True)
 
 
-class Received:
+class Received(_Discarded):
     """A mail in a file of its own, while it comes in and until it is stored; a context, or call `discard`."""
 
     def __init__(self, handle: int, path: Path) -> None:
         self.file: BinaryIO = os.fdopen(handle, "wb")
         self.path = path
-
-    def __enter__(self) -> Self:
-        """Return this."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Discard the file."""
-        self.discard()
 
     def discard(self) -> None:
         """Remove the file, whatever is still to be written to it."""
