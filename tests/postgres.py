@@ -142,6 +142,16 @@ class Server:
         """Remove a database that `create` made, whoever is connected."""
         self.execute(f"DROP DATABASE {url.rpartition('/')[2]} WITH (FORCE)")
 
+    def client(self, program: str, *arguments: str) -> None:
+        """Run one of PostgreSQL's own programs against it, as its administrator."""
+        command = [
+            str(self._bin / program),
+            *("--host=127.0.0.1", f"--port={self.port}", "--username=postgres"),
+            *arguments,
+        ]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+
     def execute(self, statement: str) -> None:
         """Execute one statement outside of the tests' databases."""
         with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
