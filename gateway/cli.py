@@ -198,7 +198,9 @@ def sandbox(
     webhooks: Annotated[str | None, typer.Option(help="Where the signed webhooks go, a URL.")] = None,
     call_time: Annotated[float, typer.Option(help="Seconds that a call takes.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Draw outcomes for other numbers, repeatably.")] = None,
-    script: Annotated[Path | None, typer.Option(help="TOML: behaviours by number.")] = None,
+    script: Annotated[
+        Path | None, typer.Option(help="TOML: behaviours by number.", exists=True, dir_okay=False)
+    ] = None,
 ) -> None:
     """Run the stand-in carrier: Telnyx's HTTP API, with numbers that fail on purpose (docs/sandbox.md).
 
@@ -208,8 +210,10 @@ def sandbox(
     from gateway.sandbox_script import ScriptError, read_script
 
     host, _, port = listen.rpartition(":")
-    if not port.isdigit():
+    if not host or not port.isdigit():  # without an address it would listen on all of them
         end(EX_USAGE, "--listen takes an address and a port, as in 127.0.0.1:8089")
+    if webhooks is not None and not webhooks.startswith(("http://", "https://")):
+        end(EX_USAGE, "--webhooks takes a URL, as in http://127.0.0.1:8080/webhooks/telnyx")
     try:
         options = stand_in.SandboxOptions(
             host=host.strip("[]"),
@@ -318,8 +322,8 @@ def _plan(row: "Reason", waits: tuple[float, ...] | None, max_calls: int) -> str
     used = waits[: max_calls - 1 if row.cap is None else min(row.cap, max_calls - 1)]
     if not used:
         return "none"
-    minutes = ", ".join(f"{wait / 60:g} min" for wait in used)
-    return f"after {minutes}" + (
+    waits_told = ", ".join(f"{wait / 60:g} min" if wait % 60 == 0 else f"{wait:g} s" for wait in used)
+    return f"after {waits_told}" + (
         f" ({row.adjust.value.replace('_', ' ')})" if row.adjust.value != "none" else ""
     )
 

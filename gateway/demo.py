@@ -33,6 +33,7 @@ from gateway.sandbox import Sandbox, SandboxOptions
 NUMBER = "+13125550100"  # the sandbox delivers it
 SENDER = "you@example.com"
 _ANY_PORT = "127.0.0.1:0"
+_SILENT = 2.0  # seconds of an end that need no words
 _PATIENCE = 60.0  # seconds for the sample to come through
 _CONFIG = """\
 [smtp]
@@ -69,7 +70,7 @@ _STEPS = {
     "call_begun": "the intent to call {to} is on the disk; the document goes to the carrier",
     "call_taken": "the carrier took it as {carrier_id}",
     "webhook_received": "the carrier's signed webhook: {type}",
-    "fax_requeued": "fax {fax} will be called again in {due} s: {reason}",
+    "fax_requeued": "fax {fax} will be called again, due in {due} s{because}",
     "account_held": "nothing more is called for now: {cause}",
     "fax_held": "fax {fax} is held: {cause}",
     "fax_ended": "fax {fax} ended: {outcome}",
@@ -139,7 +140,10 @@ class Demonstration:
         finally:
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
-            await process.wait()
+            ended = asyncio.create_task(process.wait())
+            if not (await asyncio.wait([ended], timeout=_SILENT))[0]:
+                self.tell("open requests to the carrier are finished first; Ctrl-C again ends it at once")
+            await ended
             await reader
 
     async def _follow(self, process: asyncio.subprocess.Process) -> None:
@@ -159,6 +163,7 @@ class Demonstration:
             return
         if record["event"] in _STEPS:
             record["smtp"] = ", ".join(record.get("smtp", ()))
+            record["because"] = f": {record['reason']}" if record.get("reason") else ""
             self.tell(_STEPS[record["event"]].format(**record))
         if record["event"] == "ready" and not self.doors.done():
             self.doors.set_result(record)

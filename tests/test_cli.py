@@ -74,6 +74,9 @@ async def test_a_slip_on_the_command_line_is_a_usage_error(tmp_path: Path) -> No
         ("show",),
         ("send", str(tmp_path / "missing.pdf"), "--to", "+13125550100", "--from", "a@example.com"),
         ("sandbox", "--listen", "nowhere"),
+        ("sandbox", "--listen", "18093"),
+        ("sandbox", "--webhooks", "nowhere"),
+        ("sandbox", "--script", "nowhere"),
     ]
     for code, _, errors in await asyncio.gather(*(_run(*slip) for slip in slips)):
         assert code == 64
@@ -264,10 +267,10 @@ async def test_explain_knows_the_configured_waits(tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
     config.write_text(
         '[telnyx]\napi_key = "KEY0"\nconnection_id = "1"\nfrom_number = "+13127367276"\n'
-        '[replies]\npostmaster = "a@example.com"\n[retries]\nbusy = ["7m", "8m", "9m"]\nmax_calls = 3\n'
+        '[replies]\npostmaster = "a@example.com"\n[retries]\nbusy = ["20s", "8m", "9m"]\nmax_calls = 3\n'
     )
     config.chmod(0o600)
-    assert "after 7 min, 8 min\n" in (await _run("explain", "user_busy", "--config", str(config)))[1]
+    assert "after 20 s, 8 min\n" in (await _run("explain", "user_busy", "--config", str(config)))[1]
 
 
 async def test_a_daemon_that_is_down_is_told(w: World, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """The demonstration: what a newcomer sees first."""
 
 import asyncio
+import contextlib
 import re
 import signal
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -37,12 +39,12 @@ async def test_the_demonstration_shows_the_whole_way_and_ends() -> None:
     assert seconds == sorted(seconds)
 
 
-async def test_the_demonstration_goes_on_serving_until_it_is_told_to_end() -> None:
-    """Without `--once` it says how to mail by hand, answers a mail sent so, and ends cleanly on Ctrl-C."""
+@contextlib.asynccontextmanager
+async def _serving() -> AsyncIterator[tuple[asyncio.subprocess.Process, list[str]]]:
+    """Run the demonstration until it serves; yields it and the lines that it prints."""
     process = await _demo()
-    assert process.stdout is not None
-    seen: list[str] = []
-    stdout = process.stdout
+    stdout, seen = process.stdout, list[str]()
+    assert stdout is not None
 
     async def read() -> None:
         while line := await stdout.readline():
@@ -55,29 +57,50 @@ async def test_the_demonstration_goes_on_serving_until_it_is_told_to_end() -> No
             "the demonstration to serve",
         )
         assert process.returncode is None, "\n".join(seen)
-        command = next(line for line in seen if " -m gateway send " in line)
-        config = next(line for line in seen if line.strip().startswith("--config"))
-        words = command.replace("\\", "").split()[3:] + config.split()
-        sent = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "gateway",
-            *words,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
-        answer = (await sent.communicate())[0].decode()
-        assert sent.returncode == 0, answer
-        assert "queued as" in answer
+        yield process, seen
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await reader
+
+
+async def _send(seen: list[str], *changed: tuple[str, str]) -> str:
+    """Mail the sample with the command that was printed, changed word by word; returns the answer."""
+    command = next(line for line in seen if " -m gateway send " in line)
+    config = next(line for line in seen if line.strip().startswith("--config"))
+    words = [dict(changed).get(word, word) for word in command.replace("\\", "").split()[3:]]
+    sent = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "gateway", *words, *config.split(),
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    answer = (await sent.communicate())[0].decode()
+    assert sent.returncode == 0, answer
+    return answer
+
+
+async def test_the_demonstration_goes_on_serving_until_it_is_told_to_end() -> None:
+    """Without `--once` it says how to mail by hand, answers a mail sent so, and ends cleanly on Ctrl-C."""
+    async with _serving() as (process, seen):
+        assert "queued as" in await _send(seen)
         await until(
             lambda: [line for line in seen if "will be called again" in line], "the busy call's retry"
         )
-    finally:
-        if process.returncode is None:
-            process.send_signal(signal.SIGINT)
-        code = await process.wait()
-        await reader
-    assert code == 0
+        process.send_signal(signal.SIGINT)
+        assert await process.wait() == 0
+
+
+async def test_a_demonstration_that_waits_for_the_carrier_at_its_end_says_so() -> None:
+    """Ctrl-C while a request hangs: it says what it waits for, and that a second Ctrl-C ends it at once."""
+    async with _serving() as (process, seen):
+        await _send(seen, ("+13125550152", "+13125550182"))
+        await until(lambda: [line for line in seen if "to call +13125550182" in line], "the call to begin")
+        process.send_signal(signal.SIGINT)
+        await until(
+            lambda: [line for line in seen if "Ctrl-C again ends it" in line], "a word about the wait"
+        )
+        process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(10):
+            await process.wait()
 
 
 def _processes_below(pid: int) -> list[Path]:
