@@ -89,20 +89,6 @@ async def test_the_demonstration_goes_on_serving_until_it_is_told_to_end() -> No
         assert await process.wait() == 0
 
 
-async def test_a_demonstration_that_waits_for_the_carrier_at_its_end_says_so() -> None:
-    """Ctrl-C while a request hangs: it says what it waits for, and that a second Ctrl-C ends it at once."""
-    async with _serving() as (process, seen):
-        await _send(seen, ("+13125550152", "+13125550182"))
-        await until(lambda: [line for line in seen if "to call +13125550182" in line], "the call to begin")
-        process.send_signal(signal.SIGINT)
-        await until(
-            lambda: [line for line in seen if "Ctrl-C again ends it" in line], "a word about the wait"
-        )
-        process.send_signal(signal.SIGINT)
-        async with asyncio.timeout(10):
-            await process.wait()
-
-
 def _processes_below(pid: int) -> list[Path]:
     """Return the directories in /proc of a process's children, and of theirs."""
     below: list[Path] = []
@@ -118,6 +104,23 @@ def _lives(process: Path) -> bool:
         return "State:\tZ" not in (process / "status").read_text(encoding="utf-8")
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+async def test_a_demonstration_that_waits_for_the_carrier_at_its_end_says_so() -> None:
+    """Ctrl-C while a request hangs: it says what it waits for, and that a second Ctrl-C ends all at once."""
+    async with _serving() as (process, seen):
+        await _send(seen, ("+13125550152", "+13125550182"))
+        await until(lambda: [line for line in seen if "to call +13125550182" in line], "the call to begin")
+        process.send_signal(signal.SIGINT)
+        await until(
+            lambda: [line for line in seen if "Ctrl-C again ends it" in line], "a word about the wait"
+        )
+        below = _processes_below(process.pid)
+        process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(10):
+            await process.wait()
+    assert len(below) >= 2  # the daemon, and what examines documents for it
+    await until(lambda: not any(_lives(each) for each in below), "every process to end")
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
