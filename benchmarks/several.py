@@ -22,7 +22,8 @@ from samples import SIZES, letter_file
 
 VARIANTS = {"SQLite": 0, "PostgreSQL": 1, "PostgreSQL, two gateways": 2}
 """How many gateways are on PostgreSQL."""
-_TRIAL = 60
+_TRIAL = {"2 KB": 60, "100 KB": 60, "1 MB": 30, "20 MB": 10, "way": 60}
+_LEAST = 2 * way.SESSIONS  # mails of a run
 
 
 def measure(results: Results, plan: Plan, folder: Path) -> None:
@@ -30,28 +31,28 @@ def measure(results: Results, plan: Plan, folder: Path) -> None:
     if os.geteuid() == 0 and (shut := shut_to_others(folder)):
         results.skipped["PostgreSQL"] = f"its user cannot enter {shut}: name another folder"
         return
-    letter = letter_file(folder, SIZES["100 KB"])
+    letters = {size: letter_file(folder, SIZES[size]) for size in plan.sizes}
     with ExitStack() as stack:
         server = postgres.Server(folder / "postgresql", shared_buffers="256MB")
         stack.callback(shutil.rmtree, folder / "postgresql")
         server.start()
         stack.callback(server.stop)
         results.machine["PostgreSQL"] = (folder / "postgresql" / "data" / "PG_VERSION").read_text().strip()
-        rates: dict[str, tuple[float, float]] = {}
+        counts = {name: dict(_TRIAL) for name in VARIANTS}
         for turn in range(plan.rounds + 1):
             for name in VARIANTS:
                 plan.say(f"{name}: " + (f"round {turn} of {plan.rounds}" if turn else "trial"))
-                counts = [
-                    max(way.SESSIONS, round(rate * seconds))
-                    for rate, seconds in zip(rates[name], (plan.seconds, plan.way_seconds / 2), strict=True)
-                ] if turn else [_TRIAL, _TRIAL]  # fmt: skip
-                taken = _door(name, server, folder, letter, counts[0])
-                sent = _way(name, server, folder, letter, counts[1])
-                if turn:
-                    results.add("several door", variant=name, **taken)
-                    results.add("several way", variant=name, **sent)
-                else:
-                    rates[name] = taken["rate"], sent["rate"]
+                count = counts[name]
+                taken = _door(name, server, folder, letters, count)
+                sent = _way(name, server, folder, letters["100 KB"], count["way"])
+                if not turn:
+                    for size, row in taken.items():
+                        count[size] = max(_LEAST, round(row["rate"] * plan.seconds))
+                    count["way"] = max(way.SESSIONS, round(sent["rate"] * plan.way_seconds / 2))
+                    continue
+                for size, row in taken.items():
+                    results.add("several door", variant=name, size=size, **row)
+                results.add("several way", variant=name, **sent)
 
 
 def _gateways(name: str, server: postgres.Server, folder: Path, stack: ExitStack) -> list[Gateway]:
@@ -68,21 +69,32 @@ def _server_cpu(folder: Path) -> float:
     return cpu_seconds(int(first))
 
 
-def _door(name: str, server: postgres.Server, folder: Path, letter: Path, count: int) -> dict[str, float]:
+def _door(
+    name: str, server: postgres.Server, folder: Path, letters: dict[str, Path], counts: dict[str, int]
+) -> dict[str, dict[str, float]]:
+    """Return the figures of each size."""
+    rows = {}
     with ExitStack() as stack:
         gateways = _gateways(name, server, folder, stack)
         for gateway in gateways:
             stack.enter_context(gateway)
         gateways[0].run("hold", "--all")
-        share = [count // len(gateways), way.SESSIONS // len(gateways)]
-        before, theirs = sum(cpu_seconds(gateway.pid) for gateway in gateways), _server_cpu(folder)
-        with ThreadPoolExecutor() as threads:
-            runs = list(threads.map(lambda each: send(each.smtp_port, letter, share[1], share[0]), gateways))
-        sent = Sent(max(r.seconds for r in runs), sum(r.taken for r in runs), sum(r.rejected for r in runs))
-        cpu = sum(cpu_seconds(gateway.pid) for gateway in gateways) - before
-        theirs = _server_cpu(folder) - theirs
-        if (stored := gateways[0].count("faxes")) != sent.taken:
-            raise Failed(f"answered 250: {sent.taken}, in the store: {stored}")
+        for size, letter in letters.items():
+            rows[size] = _mails(gateways, folder, letter, counts[size])
+    return rows
+
+
+def _mails(gateways: list[Gateway], folder: Path, letter: Path, count: int) -> dict[str, float]:
+    share = [count // len(gateways), way.SESSIONS // len(gateways)]
+    stored = gateways[0].count("faxes")
+    before, theirs = sum(cpu_seconds(gateway.pid) for gateway in gateways), _server_cpu(folder)
+    with ThreadPoolExecutor() as threads:
+        runs = list(threads.map(lambda each: send(each.smtp_port, letter, share[1], share[0]), gateways))
+    sent = Sent(max(r.seconds for r in runs), sum(r.taken for r in runs), sum(r.rejected for r in runs))
+    cpu = sum(cpu_seconds(gateway.pid) for gateway in gateways) - before
+    theirs = _server_cpu(folder) - theirs
+    if (stored := gateways[0].count("faxes") - stored) != sent.taken:
+        raise Failed(f"answered 250: {sent.taken}, in the store: {stored}")
     return figures(sent, cpu) | {"server": round(theirs / sent.taken * 1000, 3)}
 
 
