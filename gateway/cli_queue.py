@@ -2,7 +2,7 @@
 
 In charge of: asking the store, and telling the answer to a person or, with `--json`, to a program.
 
-Promises: a change goes through the same door as every event; the running daemon notices it within a second.
+Promises: a change goes through the same door as every event; the daemon notices it within about a second.
 
 Fails: 65 with one line when there is no such fax or it cannot be done to it; 75 when the database cannot be
 used now, or a restored one may not be released yet; 78 when there is no database.

@@ -57,9 +57,9 @@ _MOST = 200  # faxes in one look, so that it holds up nobody
 
 # --- calls -----------------------------------------------------------------------------------------
 
-_TAKEN_SLOTS = sa.text("blocking"), s.attempts.c.blocking.is_(True), s.attempts.c.slot.is_not(None)
-_SLOTS = sa.select(s.attempts.c.slot).where(*_TAKEN_SLOTS)
-_SLOTS_TAKEN = sa.select(sa.func.count().label("slots")).select_from(s.attempts).where(*_TAKEN_SLOTS)
+_ON_A_CHANNEL = sa.text("blocking"), s.attempts.c.blocking.is_(True), s.attempts.c.slot.is_not(None)
+_SLOTS = sa.select(s.attempts.c.slot).where(*_ON_A_CHANNEL)
+_CHANNELS_IN_USE = sa.select(sa.func.count().label("channels")).select_from(s.attempts).where(*_ON_A_CHANNEL)
 _CALLING = sa.select(s.attempts.c.number).where(sa.text("blocking"))
 _OPEN = sa.exists().where(s.attempts.c.fax_id == s.faxes.c.id, s.attempts.c.open.is_(True)).correlate(s.faxes)
 _RIPE = (
@@ -101,7 +101,7 @@ def claim_call(unit: Unit, settings: CallSettings) -> Fax | None:
     if any(row.probe_at is None or row.probe_at > unit.now for row in brakes):
         return None
     # Counted first: this is asked after each commit, also while thousands of calls are open.
-    if connection.execute(_SLOTS_TAKEN).scalar_one() >= settings.channels:
+    if connection.execute(_CHANNELS_IN_USE).scalar_one() >= settings.channels:
         return None
     taken = {row.slot for row in connection.execute(_SLOTS)}
     slot = next(slot for slot in range(settings.channels) if slot not in taken)

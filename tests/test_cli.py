@@ -73,10 +73,8 @@ async def test_a_slip_on_the_command_line_is_a_usage_error(tmp_path: Path) -> No
         ("release", "some-id", "--all"),
         ("show",),
         ("send", str(tmp_path / "missing.pdf"), "--to", "+13125550100", "--from", "a@example.com"),
-        ("sandbox", "--listen", "nowhere"),
-        ("sandbox", "--listen", "18093"),
-        ("sandbox", "--webhooks", "nowhere"),
-        ("sandbox", "--script", "nowhere"),
+        *(("sandbox", "--listen", wrong) for wrong in ("localhost:http", "18093")),
+        *(("sandbox", wrong, "nowhere") for wrong in ("--webhooks", "--script")),
     ]
     for code, _, errors in await asyncio.gather(*(_run(*slip) for slip in slips)):
         assert code == 64

@@ -78,6 +78,17 @@ MANY = replace(SETTINGS, channels=1000)
 # --- claims ------------------------------------------------------------------------------------------
 
 
+async def test_fewer_channels_than_calls_that_are_open_let_no_further_call_begin(gateways: Two) -> None:
+    """Calls on channels that a gateway's own, lower setting does not name count for it, too."""
+    one, other = gateways
+    await one.mail_in(*numbers(4))
+    await one.taken(await one.claimed(MANY), "c1")
+    open_calls = [await one.claimed(MANY) for _ in range(2)]
+    await one.webhook(reported("c1", Stage.DELIVERED, number=numbers(1)[0]))
+    assert [fax.last.slot for fax in open_calls if fax.last] == [1, 2]  # and 0 is free
+    assert await other.claim_call(SETTINGS) is None
+
+
 async def test_two_claimants_share_nothing(gateways: Two) -> None:
     """Nobody calls the same fax, number or channel as another gateway, and no more call than may."""
     one, other = gateways

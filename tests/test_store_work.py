@@ -126,16 +126,6 @@ async def test_the_next_call_is_placed_otherwise_after_a_protocol_failure(store:
     assert [attempt.t38 for attempt in again.attempts] == [True, False]
 
 
-async def test_fewer_channels_than_calls_that_are_open_let_no_further_call_begin(store: TriedStore) -> None:
-    """After the setting was lowered, calls on channels that it no longer names still count."""
-    await store.mail_in(*numbers(4))
-    await store.taken(await store.claimed(MANY), "c1")
-    open_calls = [await store.claimed(MANY) for _ in range(2)]
-    await store.webhook(reported("c1", Stage.DELIVERED, number=numbers(1)[0]))
-    assert [fax.last.slot for fax in open_calls if fax.last] == [1, 2]  # and 0 is free
-    assert await store.claim_call(SETTINGS) is None
-
-
 async def test_hundreds_of_claims_at_once_get_hundreds_of_channels(store: TriedStore) -> None:
     """However many ask at once, nobody shares a fax, a number or a channel."""
     most = 500 if store.database.alone else 100  # on a server each claim is a transaction of its own
