@@ -76,6 +76,8 @@ def serve(
 
     Example: fax-gateway serve --config /etc/email-fax-gateway/config.toml
     """
+    import uvloop
+
     from gateway import daemon, log
     from gateway.children import ChildFailed
     from gateway.database import StoreError, WrongDatabase
@@ -90,7 +92,7 @@ def serve(
     for warning in warnings:
         log.get_logger().warning("configuration_warning", key=warning.key, text=warning.text)
     try:
-        asyncio.run(daemon.serve(settings, os.environ, held=held))
+        uvloop.run(daemon.serve(settings, os.environ, held=held))
     except WrongDatabase as error:
         end(EX_CONFIG, f"store.url: {error}")
     except daemon.StoreEnded as error:
