@@ -67,7 +67,7 @@ class _Child:
                 answer = json.loads(await self._answers.readline())
         except TimeoutError:
             raise ChildFailed("time") from None
-        except (OSError, RecursionError, ValueError):  # pipe gone; line cut, too long or not JSON
+        except (OSError, RuntimeError, ValueError):  # pipe gone; answer cut, too long, too deep or not JSON
             raise ChildFailed("died") from None
         if not isinstance(answer, dict):
             raise ChildFailed("died")
@@ -230,8 +230,8 @@ class Pool:
 
     async def _started(self) -> _Child | None:
         """Return a child that said it is ready, or None."""
-        try:
-            process = await asyncio.create_subprocess_exec(
+        starting = asyncio.ensure_future(
+            asyncio.create_subprocess_exec(
                 *self._command,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
@@ -241,9 +241,15 @@ class Pool:
                 start_new_session=True,
                 limit=MAX_LINE,
             )
+        )
+        try:
+            child = _Child(await asyncio.shield(starting))
         except OSError:
             return None
-        child = _Child(process)
+        except asyncio.CancelledError:
+            with contextlib.suppress(OSError):  # it runs, or will in a moment, and nobody else knows of it
+                await self._bury(_Child(await starting))
+            raise
         ready = False
         try:
             limits = {"memory": self._memory_limit, "seconds": math.ceil(self._time_limit) + 1}

@@ -288,7 +288,12 @@ async def test_closing_fails_all_jobs(opened: Opened, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [("/no/such/program",), (sys.executable, "-I", "-c", ""), (sys.executable, "-I", "-c", "print(1)")],
+    [
+        ("/no/such/program",),
+        ("/bin/sh", "-c", ":"),  # over before it is spoken to
+        (sys.executable, "-I", "-c", ""),
+        (sys.executable, "-I", "-c", "print(1)"),
+    ],
 )
 async def test_children_that_cannot_start(command: tuple[str, ...]) -> None:
     """A pool without a single child says so at the start instead of letting mails wait."""
