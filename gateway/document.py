@@ -97,6 +97,7 @@ def join(attachments: Sequence[Attachment], *, max_pages: int, max_size: int) ->
     changes") is accepted: its sender can read it and asked for it to be faxed. It is sent decrypted, since a
     carrier opens no protected file.
     """
+    first = attachments[0]
     checked = [_checked(attachment, max_pages) for attachment in attachments]
     pages = sum(count for _, count in checked)
     if pages > max_pages:
@@ -121,7 +122,7 @@ def join(attachments: Sequence[Attachment], *, max_pages: int, max_size: int) ->
             f"The document has {_megabytes(len(data))}; at most {_megabytes(max_size)} can be faxed.",
             "document too large",
         )
-    return Document(data, pages, hashlib.sha256(data).hexdigest())
+    return Document(data, pages, first.sha256 if data is first.data else hashlib.sha256(data).hexdigest())
 
 
 def first_page_picture(data: bytes) -> bytes:

@@ -100,10 +100,14 @@ class MailRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """One PDF as it was received. `name` is for people only: cleaned, cut, never a path."""
+    """One PDF as it was received, and the hexadecimal SHA-256 of exactly these octets.
+
+    `name` is for people only: cleaned, cut, never a path.
+    """
 
     name: str
     data: bytes
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +118,7 @@ class Mail:
     3.6.4); `message_key` is the hexadecimal SHA-256 over the Message-ID as it was received, None if there is
     none, and tells apart what looks alike in `message_id`; `subject` is decoded, on one line, at most 250
     characters; `original_headers` is the header block as received, cut at a line's end at 16 KB; `digest` is
-    the hexadecimal SHA-256 over the received attachments, each prefixed by its length in 8 octets, so that no
-    two lists of attachments read alike.
+    the hexadecimal SHA-256 over those of the received attachments, one after the other.
     """
 
     message_id: str | None
@@ -375,7 +378,7 @@ def _document(part: Part, shown: set[str]) -> Attachment | None:
     data = part.content()
     declared = kind in _PDF_TYPES or name.lower().endswith(".pdf")
     if data is not None and (data.startswith(b"%PDF") or (declared and b"%PDF-" in data[:1024])):
-        return Attachment(name or "document.pdf", data)
+        return Attachment(name or "document.pdf", data, hashlib.sha256(data).hexdigest())
     if not declared and _passed_over(part, kind, name.lower(), shown):
         return None
     if data is None:
@@ -448,8 +451,5 @@ def _passed_over(part: Message, kind: str, name: str, shown: set[str]) -> bool:
 
 
 def _digest(attachments: tuple[Attachment, ...]) -> str:
-    total = hashlib.sha256()
-    for attachment in attachments:
-        total.update(len(attachment.data).to_bytes(8, "big"))
-        total.update(attachment.data)
-    return total.hexdigest()
+    # All are of one length, so no two lists of attachments read alike; and each document is hashed once.
+    return hashlib.sha256("".join(each.sha256 for each in attachments).encode()).hexdigest()

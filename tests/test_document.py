@@ -18,7 +18,10 @@ from gateway.message import Attachment, MailRefused
 def joined(*documents: bytes, max_pages: int = 350, max_size: int = 20_000_000) -> Document:
     """Return the documents as one, having seen that its page count and hash are true."""
     found = join(
-        [Attachment(f"paper{n}.pdf", data) for n, data in enumerate(documents, 1)],
+        [
+            Attachment(f"paper{n}.pdf", data, hashlib.sha256(data).hexdigest())
+            for n, data in enumerate(documents, 1)
+        ],
         max_pages=max_pages,
         max_size=max_size,
     )
