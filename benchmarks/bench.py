@@ -24,6 +24,7 @@ import psycopg
 import report
 import scale
 import several
+import sqlalchemy as sa
 import stalls
 import way
 from load import SMTP_SOURCE
@@ -40,7 +41,7 @@ BENCHMARKS: dict[str, Callable[[Results, Plan, Path], None]] = {
     "postgresql": several.measure,
 }
 NEED_SMTP_SOURCE = {"door", "stalls", "scale", "postgresql"}
-FAULTS = (Failed, OSError, subprocess.SubprocessError, sqlite3.Error, psycopg.Error)
+FAULTS = (Failed, OSError, subprocess.SubprocessError, sqlite3.Error, psycopg.Error, sa.exc.SQLAlchemyError)
 EXAMPLES = """examples:
   make bench                   everything, about 25 minutes; the report is written
   make bench ONLY=door,way     only these; what the report says of the others stays

@@ -1,15 +1,19 @@
-"""Stores with a past: faxes by the hundred thousand, written by SQL into the file of a stopped gateway.
+"""Stores with a past: faxes by the hundred thousand, written into the store of a gateway that does not run.
 
-What is written is what the gateway itself would have left: see `gateway/schema.py`.
+What is written is what the gateway itself would have left: see `gateway/schema.py`. A million finished ones
+are made by SQLite itself, in its file; the others come through SQLAlchemy, whatever the store is kept in.
 """
 
 import contextlib
 import sqlite3
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import sqlalchemy as sa
 from samples import number
+
+from gateway import schema
 
 _DAY = 86400.0
 _SPAN = 300 * _DAY  # over which the finished faxes came
@@ -43,22 +47,13 @@ INSERT INTO carrier_events (id, carrier_id, type, received_at, to_number, from_n
 """
 
 
-@contextlib.contextmanager
-def _opened(file: Path) -> Iterator[sqlite3.Connection]:
-    """Open the file of a gateway that does not run, without waiting for the disk."""
+def finished(file: Path, count: int) -> None:
+    """Add so many delivered faxes, their documents purged, to a file of SQLite's; no disk is waited for."""
+    begin = time.time() - _SPAN - _DAY
     with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as connection:
         connection.execute("PRAGMA synchronous=OFF")
         connection.execute("PRAGMA cache_size=-500000")
         connection.execute("BEGIN")
-        yield connection
-        connection.execute("COMMIT")  # and no ANALYZE, which the gateway does not use either
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-
-
-def finished(file: Path, count: int) -> None:
-    """Add so many delivered faxes, their documents purged."""
-    begin = time.time() - _SPAN - _DAY
-    with _opened(file) as connection:
         connection.execute(
             "CREATE TEMPORARY TABLE old AS WITH RECURSIVE counted (n) AS"
             " (SELECT 1000000 UNION ALL SELECT n + 1 FROM counted WHERE n < 1000000 + ? - 1)"
@@ -70,63 +65,70 @@ def finished(file: Path, count: int) -> None:
         )
         for statement in _FINISHED.split(";"):
             connection.execute(statement)
+        connection.execute("COMMIT")  # and no ANALYZE, which the gateway does not use either
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
-def waiting(file: Path, count: int) -> None:
+def waiting(connection: sa.Connection, count: int) -> None:
     """Add so many faxes that wait for tomorrow, all with one document."""
+    if not count:
+        return
     now = time.time()
-    with _opened(file) as connection:
-        connection.execute(
-            "INSERT INTO documents (id, sha256, pages, size, stored_at) VALUES ('wd', 'x', 1, 10, ?)", (now,)
-        )
-        connection.execute(
-            "INSERT INTO document_chunks (document_id, position, stored_at, data) VALUES ('wd', 0, ?, x'00')",
-            (now,),
-        )
-        connection.executemany(
-            "INSERT INTO mails (id, sender, received_at, thread, subject, original_headers, document_id)"
-            " VALUES (?, 'waiting@example.com', ?, '', 'x', x'', 'wd')",
-            ((f"w{place:07}", now) for place in range(count)),
-        )
-        connection.executemany(
-            "INSERT INTO faxes (id, mail_id, number, recipient, pages, state, due_at, accepted_at,"
-            " give_up_at, version, held_detail, told_delayed, cancel_asked, turn, lease_until, ripe)"
-            " VALUES (?, ?, ?, '', 1, 'queued', ?, ?, ?, 0, '', 0, 0, ?, 0, 0)",
-            (
-                (f"w{p:07}-1", f"w{p:07}", number(500_000 + p), now + _DAY, now, now + 2 * _DAY, float(p + 2))
-                for p in range(count)
-            ),
-        )
+    connection.execute(schema.documents.insert(), _document("wd", now))
+    chunk = {"document_id": "wd", "position": 0, "stored_at": now, "data": b"\0"}
+    connection.execute(schema.document_chunks.insert(), chunk)
+    mails = [_mail(f"w{place:07}", "waiting@example.com", "wd", now) for place in range(count)]
+    connection.execute(schema.mails.insert(), mails)
+    faxes = [
+        _fax(f"w{place:07}", 1, number(500_000 + place), now)
+        | {"state": "queued", "give_up_at": now + 2 * _DAY, "turn": place + 2.0, "ripe": False}
+        for place in range(count)
+    ]
+    connection.execute(schema.faxes.insert(), faxes)
 
 
-def sending(file: Path, count: int) -> list[tuple[str, str]]:
+def sending(connection: sa.Connection, count: int) -> list[tuple[str, str]]:
     """Add so many faxes that the carrier has; return its id and the number of each."""
     now = time.time()
     known = [(f"c{place:07}-0000-4000-8000-000000000000", number(place)) for place in range(count)]
-    with _opened(file) as connection:
-        connection.execute(
-            "INSERT INTO documents (id, sha256, pages, size, stored_at) VALUES ('sd', 'x', 1, 10, ?)", (now,)
-        )
-        connection.execute(
-            "INSERT INTO mails (id, sender, received_at, thread, subject, original_headers, document_id)"
-            " VALUES ('s', 'clerk@example.com', ?, '', 'x', x'', 'sd')", (now,),
-        )  # fmt: skip
-        for place, (carrier_id, to) in enumerate(known):
-            fax = f"s-{place + 1}"
-            connection.execute(
-                "INSERT INTO faxes (id, mail_id, number, recipient, pages, state, due_at, accepted_at,"
-                " give_up_at, version, held_detail, told_delayed, cancel_asked, turn, lease_until, ripe)"
-                " VALUES (?, 's', ?, '', 1, 'sending', ?, ?, ?, 2, '', 0, 0, ?, 0, 1)",
-                (fax, to, now + _DAY, now, now + _DAY, float(place)),
-            )
-            connection.execute(
-                "INSERT INTO attempts (id, fax_id, ordinal, number, started_at, lease_until, from_number,"
-                " connection_id, quality, t38, slot, carrier_id, taken_at, stage, changed_at, cancel_wanted,"
-                " cancel_asked, blocking, open) VALUES (?, ?, 1, ?, ?, ?, '+13125790015', '1232154810234',"
-                " 'high', 1, ?, ?, ?, 1, ?, 0, 0, 1, 1)",
-                (f"sa{place}", fax, to, now, now + 100, place, carrier_id, now, now),
-            )
-            connection.execute(
-                "INSERT INTO carrier_ids (carrier_id, seen_at) VALUES (?, ?)", (carrier_id, now)
-            )
+    connection.execute(schema.documents.insert(), _document("sd", now))
+    connection.execute(schema.mails.insert(), _mail("s", "clerk@example.com", "sd", now))
+    faxes = [
+        _fax("s", place + 1, to, now) | {"state": "sending", "version": 2, "turn": float(place)}
+        for place, (_, to) in enumerate(known)
+    ]
+    connection.execute(schema.faxes.insert(), faxes)
+    attempts: list[dict[str, Any]] = [
+        {
+            "id": f"sa{place}", "fax_id": f"s-{place + 1}", "ordinal": 1, "number": to, "started_at": now,
+            "lease_until": now + 100, "from_number": "+13125790015", "connection_id": "1232154810234",
+            "quality": "high", "t38": True, "slot": place, "carrier_id": carrier_id, "taken_at": now,
+            "stage": 1, "changed_at": now, "cancel_wanted": False, "cancel_asked": False, "blocking": True,
+            "open": True,
+        }
+        for place, (carrier_id, to) in enumerate(known)
+    ]  # fmt: skip
+    connection.execute(schema.attempts.insert(), attempts)
+    seen = [{"carrier_id": carrier_id, "seen_at": now} for carrier_id, _ in known]
+    connection.execute(schema.carrier_ids.insert(), seen)
     return known
+
+
+def _document(name: str, now: float) -> dict[str, Any]:
+    return {"id": name, "sha256": "x", "pages": 1, "size": 10, "stored_at": now}
+
+
+def _mail(name: str, sender: str, document: str, now: float) -> dict[str, Any]:
+    return {
+        "id": name, "sender": sender, "received_at": now, "thread": "", "subject": "x",
+        "original_headers": b"", "document_id": document,
+    }  # fmt: skip
+
+
+def _fax(mail: str, place: int, to: str, now: float) -> dict[str, Any]:
+    """Return what the faxes here have in common; nothing is due before tomorrow."""
+    return {
+        "id": f"{mail}-{place}", "mail_id": mail, "number": to, "recipient": "", "pages": 1,
+        "due_at": now + _DAY, "accepted_at": now, "give_up_at": now + _DAY, "version": 0, "held_detail": "",
+        "told_delayed": False, "cancel_asked": False, "lease_until": 0.0, "ripe": True,
+    }  # fmt: skip

@@ -4,14 +4,14 @@ import contextlib
 import copy
 import json
 import shutil
-import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import psycopg
+import sqlalchemy as sa
 from events import PUBLIC_KEY
 from ports import free_port
 from processes import HERE, Failed, Process, until
@@ -51,7 +51,6 @@ class Gateway:
         folder.mkdir(exist_ok=True)
         self.folder = folder
         self.file = folder / "gateway.db"
-        self.url = url
         self.config = folder / "config.toml"
         self.smtp_port, self.http_port = free_port(), free_port()
         self.settings = copy.deepcopy(SETTINGS)
@@ -60,6 +59,10 @@ class Gateway:
         self.settings["smtp"]["listen"] = f"127.0.0.1:{self.smtp_port}"
         self.settings["http"] = {"listen": f"127.0.0.1:{self.http_port}"}
         self.settings["store"]["url"] = url or f"sqlite:///{self.file}"
+        patience = {} if url else {"timeout": 30}
+        self._engine = sa.create_engine(
+            self.settings["store"]["url"], poolclass=sa.NullPool, connect_args=patience
+        )
         self._program = program
         self._process: Process | None = None
 
@@ -112,16 +115,16 @@ class Gateway:
         """Where the carrier sends its events."""
         return f"http://127.0.0.1:{self.http_port}/webhooks/telnyx"
 
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[sa.Connection]:
+        """Open its store, wherever that is, to look or to write; it is committed at the end."""
+        with self._engine.begin() as connection:
+            yield connection
+
     def count(self, what: str) -> int:
         """Return how many rows there are of `what`: a table, with a condition if need be."""
-        statement = f"SELECT count(*) FROM {what}"  # noqa: S608 -- words of the benchmarks
-        if self.url is not None:
-            with psycopg.connect(self.url) as connection:
-                row = connection.execute(statement.encode()).fetchone()
-        else:
-            with contextlib.closing(sqlite3.connect(self.file, timeout=30)) as connection:
-                row = connection.execute(statement).fetchone()
-        return int(row[0]) if row else 0
+        with self.opened() as connection:
+            return int(connection.scalar(sa.select(sa.func.count()).select_from(sa.text(what))) or 0)
 
     def until_count(self, what: str, wanted: int) -> None:
         """Wait for that many rows. Raises Failed."""

@@ -67,7 +67,8 @@ def _costs(results: Results, plan: Plan, folder: Path) -> None:
                 pass  # makes it
             begun = time.monotonic()
             fill.finished(gateway.file, past.finished)
-            fill.waiting(gateway.file, past.waiting)
+            with gateway.opened() as connection:
+                fill.waiting(connection, past.waiting)
             megabytes = round(gateway.file.stat().st_size / 1e6)
             results.add("store", past=past.name, megabytes=megabytes, seconds=round(time.monotonic() - begun))
         count, trial = _TRIAL, 0.0

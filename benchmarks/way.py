@@ -6,16 +6,17 @@ on their way, checked and committed. `replies`: from an event to the reply, when
 """
 
 import asyncio
+import itertools
 import json
 import shutil
 import socket
-import sqlite3
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import sqlalchemy as sa
 from events import event, request
 from fill import sending
 from gateways import Gateway
@@ -26,6 +27,8 @@ from results import Results
 from samples import SIZES, letter_file
 from sink import Sink
 from stalls import percentiles
+
+from gateway.schema import attempts
 
 SESSIONS = 10
 _WEBHOOK_CONNECTIONS = 20
@@ -89,10 +92,16 @@ def measure(results: Results, plan: Plan, folder: Path) -> None:
             results.add("way", **row)
     for turn in range(plan.rounds):
         plan.say(f"webhooks: round {turn + 1} of {plan.rounds}")
-        results.add("webhooks", **_webhooks(plan, folder))
+        with ExitStack() as stack:
+            gateways = [Gateway(fresh(stack, folder / "webhooks"))]
+            known = on_their_way(gateways, folder, plan.webhooks)
+            stack.enter_context(gateways[0])
+            results.add("webhooks", **webhooks(gateways, known, folder))
     for turn in range(plan.rounds):
         plan.say(f"replies: round {turn + 1} of {plan.rounds}")
-        results.add("replies", **_replies(plan, folder))
+        with ExitStack() as stack:
+            gateways = [Gateway(fresh(stack, folder / "replies"))]
+            results.add("replies", **replies(gateways, folder, plan.replies))
 
 
 def fresh(stack: ExitStack, folder: Path) -> Path:
@@ -128,29 +137,40 @@ def run(gateways: Sequence[Gateway], around: Surroundings, letter: Path, count: 
     return {"rate": round(count / seconds, 2), "faxes": count} | per_fax
 
 
-def _webhooks(plan: Plan, folder: Path) -> dict[str, float]:
-    with ExitStack() as stack:
-        gateway = Gateway(fresh(stack, folder / "webhooks"), telnyx={"channels": plan.webhooks})
-        with gateway:
-            pass  # makes the store
-        known = folder / "known"
-        known.write_text(
-            "".join(f"{carrier_id} {to}\n" for carrier_id, to in sending(gateway.file, plan.webhooks))
-        )
-        stack.enter_context(gateway)
-        before, log = cpu_seconds(gateway.pid), folder / "generator.log"
-        log.unlink(missing_ok=True)
-        words = (gateway.http_port, _WEBHOOK_CONNECTIONS, "fax.sending.started", known)
-        with Process.of_ours("webhooks", *words, log=log) as generator:
-            told: dict[str, float] = json.loads(generator.result(_PATIENCE))
-        cpu = cpu_seconds(gateway.pid) - before
-        kept = gateway.count("carrier_events WHERE fax_id IS NOT NULL")
-        moved = gateway.count(f"attempts WHERE stage = {_SENDING}")
-    if (kept, moved) != (plan.webhooks, plan.webhooks):
-        raise Failed(f"{plan.webhooks} webhooks answered 200, {kept} in the store, {moved} applied")
+def on_their_way(gateways: Sequence[Gateway], folder: Path, count: int) -> Path:
+    """Give gateways that do not run so many faxes that the carrier has; return a file that names these."""
+    for gateway in gateways:
+        gateway.settings["telnyx"]["channels"] = count
+    with gateways[0]:
+        pass  # makes the store
+    with gateways[0].opened() as connection:
+        known = sending(connection, count)
+    file = folder / "known"
+    file.write_text("".join(f"{carrier_id} {to}\n" for carrier_id, to in known))
+    return file
+
+
+def webhooks(gateways: Sequence[Gateway], known: Path, folder: Path) -> dict[str, float]:
+    """Send an event of each fax of `on_their_way`, to the gateways in turn.
+
+    Return events a second, milliseconds of CPU an event, and the middle and longest time of an answer.
+    """
+    count = len(known.read_text().splitlines())
+    before, log = sum(cpu_seconds(gateway.pid) for gateway in gateways), folder / "generator.log"
+    log.unlink(missing_ok=True)
+    ports = [gateway.http_port for gateway in gateways]
+    words = (_WEBHOOK_CONNECTIONS, "fax.sending.started")
+    with Process.of_ours("webhooks", *words, known, *ports, log=log) as generator:
+        told: dict[str, float] = json.loads(generator.result(_PATIENCE))
+    cpu = sum(cpu_seconds(gateway.pid) for gateway in gateways) - before
+    kept = gateways[0].count("carrier_events WHERE fax_id IS NOT NULL")
+    moved = gateways[0].count(f"attempts WHERE stage = {_SENDING}")
+    if (kept, moved) != (count, count):
+        raise Failed(f"{count} webhooks answered 200, {kept} in the store, {moved} applied")
     return {
-        "rate": round(plan.webhooks / told["seconds"], 1),
-        "cpu": round(cpu / plan.webhooks * 1000, 3),
+        "rate": round(count / told["seconds"], 1),
+        "webhooks": count,
+        "cpu": round(cpu / count * 1000, 3),
         "middle": round(told["middle"], 2),
         "longest": round(told["longest"], 2),
     }
@@ -159,29 +179,33 @@ def _webhooks(plan: Plan, folder: Path) -> dict[str, float]:
 _SENDING = 4  # `Stage.SENDING`
 
 
-def _replies(plan: Plan, folder: Path) -> dict[str, float]:
+def replies(gateways: Sequence[Gateway], folder: Path, count: int) -> dict[str, float]:
+    """Start the gateways and time the replies to so many faxes, whose ends they are told of in turn."""
     with ExitStack() as stack:
-        gateway = Gateway(fresh(stack, folder / "replies"), telnyx={"channels": plan.replies})
-        around = wire(stack, folder, [gateway], webhooks=False)
-        gateway.settings["replies"]["relay"] = f"smtp://127.0.0.1:{(port := free_port())}"
-        stack.enter_context(gateway)
+        for gateway in gateways:
+            gateway.settings["telnyx"]["channels"] = count
+        around = wire(stack, folder, gateways, webhooks=False)
+        port = free_port()
+        for gateway in gateways:
+            gateway.settings["replies"]["relay"] = f"smtp://127.0.0.1:{port}"
+            stack.enter_context(gateway)
         log = folder / "mailer.log"
         log.unlink(missing_ok=True)
-        letter = letter_file(folder, SIZES["2 KB"])
-        words = (letter, around.used, plan.replies, SESSIONS, gateway.smtp_port)
-        with Process.of_ours("mailer", *words, log=log) as mailer:
+        letter, smtp_ports = letter_file(folder, SIZES["2 KB"]), [gateway.smtp_port for gateway in gateways]
+        with Process.of_ours("mailer", letter, around.used, count, SESSIONS, *smtp_ports, log=log) as mailer:
             mailer.result(_PATIENCE)
-        gateway.until_count("faxes WHERE state = 'sending'", plan.replies)
-        with closing(sqlite3.connect(gateway.file, timeout=30)) as connection:
-            rows = connection.execute("SELECT carrier_id, number FROM attempts").fetchall()
-        times = asyncio.run(_time_replies(gateway.http_port, port, rows))
-        if gateway.count("outbox WHERE sent_at IS NOT NULL") != plan.replies:
-            raise Failed("not every reply is noted as sent")
+        gateways[0].until_count("faxes WHERE state = 'sending'", count)
+        with gateways[0].opened() as connection:
+            known = connection.execute(sa.select(attempts.c.carrier_id, attempts.c.number)).tuples().all()
+        times = asyncio.run(_time_replies([gateway.http_port for gateway in gateways], port, known))
+        gateways[0].until_count("outbox WHERE sent_at IS NOT NULL", count)
     return percentiles(times)
 
 
-async def _time_replies(http_port: int, relay_port: int, rows: Sequence[tuple[str, str]]) -> list[float]:
-    """Tell the gateway of the end of one fax after the other; return the milliseconds to each reply."""
+async def _time_replies(
+    http_ports: Sequence[int], relay_port: int, known: Sequence[tuple[str, str]]
+) -> list[float]:
+    """Tell the gateways of the end of one fax after the other; return the milliseconds to each reply."""
     came: asyncio.Queue[float] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     server = await loop.create_server(
@@ -189,7 +213,7 @@ async def _time_replies(http_port: int, relay_port: int, rows: Sequence[tuple[st
     )
     times = []
     async with server, asyncio.timeout(_PATIENCE):
-        for row in rows:
+        for row, http_port in zip(known, itertools.cycle(http_ports), strict=False):
             reader, writer = await asyncio.open_connection("127.0.0.1", http_port)
             webhook = request(event("fax.delivered", *row), http_port)
             begun = time.perf_counter()

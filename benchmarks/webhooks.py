@@ -1,8 +1,9 @@
 """Signed webhooks over connections that are kept, from a process of its own.
 
-`webhooks.py PORT CONNECTIONS TYPE FILE`: one event of this type about each fax in the file, whose lines hold
-the carrier's id and the number. All are signed before the first is sent. It prints the seconds it took, and
-the longest and the middle time of an answer in milliseconds; each must be 200.
+`webhooks.py CONNECTIONS TYPE FILE PORT …`: one event of this type about each fax in the file, whose lines
+hold the carrier's id and the number, to the ports in turn; the connections are shared out among them. All are
+signed before the first is sent. It prints the seconds it took, and the longest and the middle time of an
+answer in milliseconds; each must be 200.
 """
 
 import asyncio
@@ -28,21 +29,26 @@ async def _connection(port: int, requests: Iterator[bytes], times: list[float]) 
     writer.close()
 
 
-async def main(port: int, connections: int, requests: list[bytes]) -> None:
-    """Send them."""
+async def main(connections: int, requests: dict[int, list[bytes]]) -> None:
+    """Send to each port what is for it."""
     times: list[float] = []
-    left = iter(requests)
+    left = [(port, iter(its)) for port, its in requests.items()]
     begun = time.perf_counter()
     async with asyncio.TaskGroup() as group:
-        for _ in range(connections):
-            group.create_task(_connection(port, left, times))
+        for place in range(connections):
+            port, its = left[place % len(left)]
+            group.create_task(_connection(port, its, times))
     seconds = time.perf_counter() - begun
     milliseconds = {"middle": statistics.median(times) * 1000, "longest": max(times) * 1000}
     print(json.dumps({"seconds": seconds} | milliseconds))
 
 
 if __name__ == "__main__":
-    told_port, told_connections, kind, file = sys.argv[1:]
+    told_connections, kind, file, *told_ports = sys.argv[1:]
     rows = [line.split() for line in Path(file).read_text().splitlines()]
-    signed = [request(event(kind, *row), int(told_port)) for row in rows]
-    asyncio.run(main(int(told_port), int(told_connections), signed))
+    ports = [int(port) for port in told_ports]
+    signed = {
+        port: [request(event(kind, *row), port) for row in rows[place :: len(ports)]]
+        for place, port in enumerate(ports)
+    }
+    asyncio.run(main(int(told_connections), signed))
