@@ -23,7 +23,7 @@ class Plan:
     replies: int = 100
     finished: tuple[int, ...] = (100, 10_000, 1_000_000)
     waiting: int = 100_000
-    purged: int = 300
+    purged: int = 100
     say: Callable[[str], None] = _tell
 
 
