@@ -85,14 +85,14 @@ def measure(results: Results, plan: Plan, folder: Path) -> None:
                         continue
                     for sessions in plan.sessions:
                         if (name, size, sessions) not in _TOO_LONG:
-                            count = max(5, _mails(sessions), round(rates[name] * plan.seconds))
+                            count = max(least(sessions), round(rates[name] * plan.seconds))
                             row = run(server, letter, sessions, count)
                             results.add("door", peer=name, size=size, sessions=sessions, **row)
 
 
-def _mails(sessions: int) -> int:
+def least(sessions: int) -> int:
     """Return how many mails at least make a run: its beginning and end must not be most of it."""
-    return max(sessions, min(3 * sessions, 60))
+    return max(5, sessions, min(3 * sessions, 60))
 
 
 def run(server: Server, letter: Path, sessions: int, count: int) -> dict[str, float]:

@@ -268,18 +268,44 @@ def _scale(results: Results) -> str:
 
 
 def _several(results: Results) -> str:
-    figures = ("rate", "cpu", "server")
-    door, sent = [], []
+    servers = [name for name, count in VARIANTS.items() if count]
+    columns = [*(("rate", name) for name in VARIANTS), *(("cpu", name) for name in VARIANTS)]
+    columns += [("server", name) for name in servers]
+    door = []
     for size in results.different("several door", "size"):
-        for variant in VARIANTS:
-            found = [results.median("several door", each, variant=variant, size=size) for each in figures]
-            door.append([size, variant, *map(_told, found)])
-    for variant in VARIANTS:
-        found = [results.median("several way", each, variant=variant) for each in figures]
-        sent.append([variant, *map(_told, found)])
+        for sessions in results.different("several door", "sessions"):
+            cell = {"size": size, "sessions": sessions}
+            if results.values("several door", "rate", **cell):
+                found = [results.median("several door", key, variant=name, **cell) for key, name in columns]
+                door.append([size, str(sessions), *map(_told, found)])
     if not door:
         return ""
-    title = "### PostgreSQL: the door with 10 sessions, and the way\n\n"
-    mails = _table(["PDF", "store", "mails/s", "CPU ms a mail", "PostgreSQL's"], door)
-    faxes = _table(["100 KB, store", "faxes/s", "CPU ms a fax", "PostgreSQL's"], sent)
-    return f"{title}{_made(results, 'postgresql')}{mails}\n{faxes}"
+    head = [
+        "PDF", "sessions", *VARIANTS, *(f"CPU ms, {name}" for name in VARIANTS),
+        *(f"the server's CPU ms, {name}" for name in servers),
+    ]  # fmt: skip
+    rejected, taken = (sum(results.values("several door", key)) for key in ("rejected", "mails"))
+    title = "### PostgreSQL: the door (mails a second) and the way\n\n"
+    put_off = f"Of these mails {_ratio(rejected, taken + rejected) or 0:.1%} were put off.\n"
+    made = _made(results, "postgresql")
+    return f"{title}{made}{_table(head, door)}\n{put_off}\n{_several_way(results)}"
+
+
+def _several_way(results: Results) -> str:
+    lines = [
+        ("Faxes of 100 KB a second", "several way", "rate"),
+        ("CPU ms a fax, gateways", "several way", "cpu"),
+        ("CPU ms a fax, the server", "several way", "server"),
+        ("Webhooks a second", "several webhooks", "rate"),
+        ("CPU ms a webhook, gateways", "several webhooks", "cpu"),
+        ("CPU ms a webhook, the server", "several webhooks", "server"),
+        ("A webhook answered within, ms: p50", "several webhooks", "middle"),
+        ("Webhook to reply, idle, ms: p50", "several replies", "p50"),
+        ("The same: p99", "several replies", "p99"),
+        ("The same: max", "several replies", "max"),
+    ]
+    rows = [
+        [text, *(_told(results.median(table, figure, variant=name)) for name in VARIANTS)]
+        for text, table, figure in lines
+    ]
+    return _table(["", *VARIANTS], rows)
