@@ -16,7 +16,6 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email.utils import parseaddr
 from functools import partial
@@ -54,7 +53,8 @@ DRAIN_LIMIT = POST_LIMIT + 10.0
 _DATA_LIMIT = 20.0  # seconds that a stop waits for the final dots of mails that are coming in
 _ACCEPT_LIMIT = 35.0  # seconds that a stop waits for mails after their final dot
 _NOTICES_LIMIT = 15.0  # seconds that a stop waits for replies on their way to the relay
-_SPARE_THREADS = 16  # beside one for each call: for files, questions, replies
+_SPARE_LOOK_UPS = 16  # names looked up at a time, beside one for each call: for questions and replies
+_MOST_THREADS = 200  # systemd lets the unit have 256 with all else
 _TURN_LIMIT = 300.0  # seconds without coming round after which a loop counts as dead
 
 
@@ -78,9 +78,10 @@ async def serve(settings: Settings, environ: Mapping[str, str], *, held: bool = 
     supervisor = Supervisor(environ)
     broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     stop, listening = _stop_on_signal(), asyncio.Event()
-    # A name server that does not answer keeps a thread for each look-up; mail must not wait for one of them.
-    threads = ThreadPoolExecutor(settings.telnyx.channels + _SPARE_THREADS)
-    asyncio.get_running_loop().set_default_executor(threads)
+    # A name server that does not answer keeps a thread for each look-up, and libuv lets look-ups have half of
+    # its threads. Their number is read, and all are started, with the first of them.
+    threads = 2 * (settings.telnyx.channels + _SPARE_LOOK_UPS)
+    os.environ["UV_THREADPOOL_SIZE"] = str(min(threads, _MOST_THREADS))
     async with contextlib.AsyncExitStack() as stack:
         bell, metrics = Bell(), Metrics()
         store = await stack.enter_async_context(_opened_store(settings, bell, metrics, broken))

@@ -1,16 +1,15 @@
 """A disk that no longer confirms what is written."""
 
 import os
-import shutil
 import smtplib
-import subprocess
 from pathlib import Path
 
 import pytest
 from harness import World, letter, numbers, until, world
+from shims import shim
 
 FREE = numbers()
-SHIM = """
+FAILING_FSYNC = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -26,22 +25,11 @@ int fdatasync(int fd) { return confirm("fdatasync", fd); }
 """
 
 
-def shim(folder: Path) -> Path:
-    """Build a library that makes every fsync fail while a file is there; skip where nothing can build it."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler here to build the failing fsync with")
-    source, library = folder / "shim.c", folder / "shim.so"
-    source.write_text(SHIM)
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
-    return library
-
-
 async def test_a_disk_that_fails_to_confirm_ends_the_daemon_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No 250 is said, the daemon ends with 74 and a sentence, and a new start delivers each fax once."""
-    library, failing = shim(tmp_path), tmp_path / "failing"
+    library, failing = shim(tmp_path, FAILING_FSYNC), tmp_path / "failing"
     async with world(tmp_path) as w:
         await w.gateway.stop()
         usual = w.gateway._environment()

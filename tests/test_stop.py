@@ -16,9 +16,10 @@ import crashes
 import pytest
 import pytest_asyncio
 import stages
-from crashes import Client, Gate, Theatre, rows
+from crashes import Client, Gate, Scene, Theatre, rows
 from faxes import RULES
 from harness import PATIENCE, QUICK, Gateway, until
+from shims import shim
 from smtp_peers import Taker
 from stages import Stage, at_carrier, at_relay, before_webhook, in_doubt
 from stores import SETTINGS, TriedStore
@@ -286,51 +287,83 @@ async def test_a_start_that_finds_its_port_in_use_leaves_no_call_in_doubt(theatr
 
 
 SILENT_NAME_SERVER = """
-import os, socket, time
-answer = socket.getaddrinfo
-def wait(host, *rest, **more):
-    while str(host).endswith(".invalid") and os.path.exists({path!r}):
-        time.sleep(0.01)
-    return answer(host, *rest, **more)
-socket.getaddrinfo = wait
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <netdb.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+typedef int look_up(const char *, const char *, const struct addrinfo *, struct addrinfo **);
+
+int getaddrinfo(const char *host, const char *port, const struct addrinfo *wanted, struct addrinfo **found) {
+    while (host && strstr(host, ".invalid") && access(getenv("NAMES_SILENT"), F_OK) == 0)
+        usleep(10000);
+    return ((look_up *) dlsym(RTLD_NEXT, "getaddrinfo"))(host, port, wanted, found);
+}
 """
+
+
+@contextlib.asynccontextmanager
+async def names_silent(
+    s: Scene, folder: Path, monkeypatch: pytest.MonkeyPatch, *, relay: str
+) -> AsyncIterator[Path]:
+    """Start the gateway anew while nobody answers for the carrier's name; yield a file that keeps it so.
+
+    Then as many calls as there are channels wait for that, and a mail is there for somebody in person.
+    """
+    library, silence = shim(folder, SILENT_NAME_SERVER), folder / "silence"
+    silence.touch()
+    gateway = s.world.gateway
+    assert await gateway.stop() == 0
+    environment = gateway._environment() | {"LD_PRELOAD": str(library), "NAMES_SILENT": str(silence)}
+    with monkeypatch.context() as patch:
+        patch.setattr(gateway, "_environment", lambda: environment)
+        patch.setitem(gateway.settings["telnyx"], "api_base", "http://carrier.invalid/v2")
+        patch.setitem(gateway.settings["replies"], "relay", relay)
+        await gateway.start()
+        await s.mail()
+        await until(lambda: len(gateway.said("call_begun")) == 8, "as many calls as there are channels")
+        human = await Client.connect(gateway.smtp_port)
+        await human.begin("postmaster")
+        await human.send(b"Subject: Does nothing work?\r\n\r\n.\r\n")
+        assert (await human.answer()).startswith("250 2.0.0 queued as ")
+        human.close()
+        yield silence
+        silence.unlink()
+        await s.logged("call_unavailable")
+        assert await gateway.stop() == 0
+        s.calm()
+    s.afterwards = lambda: gateway.run("release", "--all")
+    await s.restart()
+    await s.check()
 
 
 async def test_mail_is_taken_while_relay_carrier_and_name_server_are_away(
     theatre: Theatre, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A gateway started while nothing else works takes mail at once, and sends it in better days."""
-    silence = tmp_path / "silence"
-    silence.touch()
-    (tmp_path / "sitecustomize.py").write_text(SILENT_NAME_SERVER.format(path=str(silence)))
+    async with (
+        theatre.scene(mails_to=9) as s,
+        names_silent(s, tmp_path, monkeypatch, relay="smtp://relay.invalid:25") as silence,
+    ):
+        again = await s.client()
+        await again.send(s.data)
+        assert await again.answer() == f"250 2.0.0 queued as {s.told}"
+        again.close()
+        silence.unlink()
+        await s.logged("reply_deferred")
+        silence.touch()
+
+
+async def test_mail_goes_out_while_nobody_answers_for_the_carriers_name(
+    theatre: Theatre, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many calls wait for a name, the relay's is looked up at once."""
     async with theatre.scene(mails_to=9) as s:
-        gateway = s.world.gateway
-        assert await gateway.stop() == 0
-        environment = gateway._environment() | {"PYTHONPATH": str(tmp_path)}
-        with monkeypatch.context() as patch:
-            patch.setattr(gateway, "_environment", lambda: environment)
-            patch.setitem(gateway.settings["telnyx"], "api_base", "http://carrier.invalid/v2")
-            patch.setitem(gateway.settings["replies"], "relay", "smtp://relay.invalid:25")
-            await gateway.start()
-            await s.mail()
-            await until(lambda: len(gateway.said("call_begun")) == 8, "as many calls as there are channels")
-            again = await s.client()
-            await again.send(s.data)
-            assert await again.answer() == f"250 2.0.0 queued as {s.told}"
-            again.close()
-            human = await Client.connect(gateway.smtp_port)
-            await human.begin("postmaster")
-            await human.send(b"Subject: Does nothing work?\r\n\r\n.\r\n")
-            assert (await human.answer()).startswith("250 2.0.0 queued as ")
-            human.close()
-            silence.unlink()
-            await s.logged("call_unavailable")
-            await s.logged("reply_deferred")
-            assert await gateway.stop() == 0
-            s.calm()
-        s.afterwards = lambda: gateway.run("release", "--all")
-        await s.restart()
-        await s.check()
+        relay = s.world.gateway.settings["replies"]["relay"].replace("127.0.0.1", "localhost")
+        async with names_silent(s, tmp_path, monkeypatch, relay=relay):
+            await s.logged("reply_sent")
 
 
 # --- systemd -------------------------------------------------------------------------------------------
