@@ -20,6 +20,7 @@ from typing import Any
 from aiosmtpd.smtp import SMTP, Envelope
 from aiosmtpd.smtp import Session as Peer
 from harness import FINAL, PATIENCE, SENDER, Mailbox, World, letter, numbers, until, world
+from ports import GONE
 
 Here = Callable[[str, Mapping[str, Any]], bool]
 """Whether a step of the sandbox, by its name and what is told of it, is where to stand still."""
@@ -123,7 +124,7 @@ class Client:
 
     async def send(self, data: bytes) -> None:
         """Send, as far as there is somebody to take it."""
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(*GONE):
             self._writer.write(data)
             await self._writer.drain()
 

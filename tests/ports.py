@@ -1,9 +1,12 @@
-"""Ports of the loopback interface for servers that stop and come back on the same one."""
+"""Ports of the loopback interface for servers that come back on the same one; connections that end."""
 
 import random
 import socket
 
 FIRST, LAST = 10_000, 32_000  # below those that outgoing connections are given (Linux: 32768 and above)
+
+GONE = (ConnectionError, RuntimeError)
+"""What tells a writer that nobody is there any more; the second is uvloop's word for it."""
 
 
 def free_port() -> int:

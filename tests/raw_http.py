@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
+from ports import GONE
+
 from gateway.telnyx import Limits, Telnyx
 
 FROM = "+13125550100"
@@ -117,7 +119,7 @@ class RawServer:
     async def serve(self, script: Script, peer: Peer) -> None:
         """Serve one connection to its end."""
         try:
-            with contextlib.suppress(ConnectionError):
+            with contextlib.suppress(*GONE):
                 await script(peer)
         finally:
             peer.writer.close()
