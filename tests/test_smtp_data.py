@@ -1,242 +1,28 @@
-"""Where a mail ends, what it is made of and when it is too much: octet for octet, in any pieces.
+"""Where a mail ends, what it is made of and when it is too much: case by case, in any pieces."""
 
-The second opinion is aiosmtpd's own reading of DATA, line by line, which `SmtpSession` replaces.
-"""
-
-import asyncio
 import contextlib
 import errno
 import io
-import itertools
 import os
 import re
 import tempfile
 import tracemalloc
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from aiosmtpd.smtp import SMTP, Envelope
-from aiosmtpd.smtp import Session as Peer
-from hypothesis import event, example, given, settings
-from hypothesis import strategies as st
-from smtp_peers import Taker, Wire
+from smtp_peers import END, ENVELOPE, LimitedSession, Taker, codes, hear_out, idle, leave, to_rcpt
 
-from gateway import smtp_session
 from gateway.prepare import Received
 from gateway.smtp_data import Fault, MailData
 from gateway.smtp_session import Sessions, SmtpSession
 
 LINE, SIZE = 64, 200
-END = b".\r\n"
-ENVELOPE = b"MAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\n"
 needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 
 
-# --- beside aiosmtpd ---------------------------------------------------------------------------------------
-
-
-class Ours(SmtpSession):
-    """The session under test, with limits that a short mail meets."""
-
-    line_length_limit = LINE
-
-
-class Theirs(SMTP):
-    """aiosmtpd as it comes, with the same limits."""
-
-    line_length_limit = LINE
-
-
-class Keeper:
-    """A handler for aiosmtpd that keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.taken: list[bytes] = []
-
-    async def handle_DATA(self, _server: SMTP, _session: Peer, envelope: Envelope) -> str:  # noqa: N802
-        """Keep the mail."""
-        self.taken.append(envelope.original_content or b"")
-        return "250 2.0.0 taken"
-
-
-@dataclass
-class Outcome:
-    """What the handler got, and the codes of the answers since the 354."""
-
-    taken: list[bytes]
-    codes: list[str]
-
-
-def busy(session: SMTP, wire: Wire) -> bool:
-    """Say whether the session does not wait for octets and is not over."""
-    waits = vars(session._reader)["_waiter"] is not None or vars(session).get("_incoming") is not None
-    return not (waits or wire.closed or conversation(session).done())
-
-
-def conversation(session: SMTP) -> asyncio.Task[None]:
-    """Return what ends with the session."""
-    assert session._handler_coroutine is not None
-    return session._handler_coroutine
-
-
-async def idle(session: SMTP, wire: Wire) -> None:
-    """Wait until the session waits for more octets, or is over."""
-    while busy(session, wire):  # noqa: ASYNC110 -- it is in another task's hands
-        await asyncio.sleep(0)
-
-
-async def to_rcpt(session: SMTP) -> Wire:
-    """Connect to a session and go as far as RCPT; what it says from now on is in `said`."""
-    wire = Wire()
-    session.connection_made(wire)
-    for command in (b"EHLO a\r\n", *ENVELOPE.splitlines(keepends=True)):
-        session.data_received(command)
-        await idle(session, wire)
-    wire.said = b""
-    return wire
-
-
-async def leave(session: SMTP) -> None:
-    """End the connection."""
-    session.connection_lost(None)
-    await asyncio.wait([conversation(session)])
-
-
-async def hear_out(session: SMTP, pieces: Sequence[tuple[bytes, bool]]) -> bytes:
-    """Send a session the pieces after its RCPT, each followed by a wait or not; return what it says."""
-    wire = await to_rcpt(session)
-    for piece, wait in (*pieces, (b"", True)):
-        if wire.closed:  # what is sent now arrives nowhere
-            break
-        session.data_received(piece)
-        if wait:
-            await idle(session, wire)
-    await leave(session)
-    return wire.said
-
-
-def codes(said: bytes) -> list[str]:
-    """Return the codes of answers; a mail is just refused, be it for its size or for a line."""
-    words = {
-        b"552 Error: Too much": "refused",
-        b"552 5.3.4 the mail is": "refused",
-        b"500 Line too long": "refused",
-        b"554 5.6.0 a line of ": "refused",
-    }
-    return [
-        next((word for start, word in words.items() if line.startswith(start)), line[:3].decode())
-        for line in said.split(b"\r\n")[:-1]  # aiosmtpd says a client's lone CR back
-    ]
-
-
-def ours(taker: Taker) -> Ours:
-    """Return our session."""
-    return Ours(taker, Sessions(1, 1), size_limit=SIZE, hostname="h.example", timeout=300)
-
-
-async def ours_on(pieces: Sequence[tuple[bytes, bool]]) -> Outcome:
-    """Return what our session makes of the pieces; no file may be left."""
-    with tempfile.TemporaryDirectory() as folder:
-        taker = Taker(Path(folder))
-        said = await hear_out(ours(taker), pieces)
-        assert not taker.files()
-    return Outcome(taker.taken, codes(said))
-
-
-async def theirs_on(pieces: Sequence[tuple[bytes, bool]]) -> Outcome:
-    """Return what aiosmtpd makes of the pieces."""
-    keeper = Keeper()
-    session = Theirs(
-        keeper, data_size_limit=SIZE, enable_SMTPUTF8=True, hostname="h.example", timeout=300,
-        loop=asyncio.get_running_loop(),
-    )  # fmt: skip
-    return Outcome(keeper.taken, codes(await hear_out(session, pieces)))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def patience() -> Iterator[None]:
-    """Let a mail be longer than these small limits by any factor, as it is for aiosmtpd."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(smtp_session, "_PATIENCE", 1000)
-        yield
-
-
-FRAGMENTS = st.sampled_from([
-    b".", b"..", b"\r\n", b"\r", b"\n", b"\r\n.", b"\r\n.\r", b"\0", b"letters", b"x" * 20, b"long" * LINE,
-    b"y" * (LINE - 3), b"y" * (LINE - 2), b"y" * (LINE - 1), b"y" * LINE,
-])  # fmt: skip
-BODIES = st.lists(FRAGMENTS, max_size=25).map(b"".join)
-AFTER = st.sampled_from([b"", b"NOOP\r\n", b"NOOP\r\nNOOP\r\nRSET\r\n", b"\r\n", b"NOOP"])
-
-
-@st.composite
-def conversations(draw: st.DrawFn) -> list[tuple[bytes, bool]]:
-    """Make one or two mails, and commands after them, in pieces that do or do not wait for each other."""
-    sent = b"DATA\r\n" + draw(BODIES) + b"\r\n" + END + draw(AFTER)
-    if draw(st.booleans()):
-        sent += ENVELOPE + b"DATA\r\n" + draw(BODIES) + b"\r\n" + END + draw(AFTER)
-    cuts = set(draw(st.lists(st.integers(1, len(sent) - 1), max_size=30)))
-    if draw(st.booleans()):
-        cuts |= {6}  # as a client cuts it that waits for the 354
-    if draw(st.booleans()):
-        step = draw(st.integers(1, 40))
-        cuts |= set(range(6, len(sent), step))
-    ends = [0, *sorted(cuts), len(sent)]
-    wait = st.just(True) if draw(st.booleans()) else st.booleans()
-    return [(sent[start:end], draw(wait)) for start, end in itertools.pairwise(ends)]
-
-
-@given(conversations())
-@example([(b"DATA\r\n.\r\nNOOP\r\n", True)])
-@example([(b"DATA\r\n", True), (b".\r\n", True), (b"NOOP\r\n", True)])
-@example([(b"DATA\r\n", True), (b"..\r\n.\r", True), (b"\n.\r\n.\r\n.\r\n", True)])
-@settings(max_examples=400, deadline=None)
-def test_every_mail_is_read_as_aiosmtpd_reads_it(pieces: list[tuple[bytes, bool]]) -> None:
-    """Whatever a mail is made of, in whatever pieces, both get the same octets and obey the same commands."""
-    outcome = asyncio.run(ours_on(pieces))
-    event(f"{len(outcome.taken)} taken, {outcome.codes.count('refused')} refused")
-    assert outcome == asyncio.run(theirs_on(pieces))
-
-
-@given(st.lists(FRAGMENTS, max_size=25).map(lambda parts: b"".join(parts) + b"\r\n"), st.integers(1, 40))
-@settings(max_examples=200, deadline=None)
-def test_mail_is_taken_whole_or_not_at_all(body: bytes, step: int) -> None:
-    """A client that doubles its dots gets its mail through as it was, or a refusal; no part counts as one."""
-
-    async def sent() -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            taker = Taker(Path(folder))
-            octets = re.sub(rb"(\A|\r\n)\.", rb"\1..", body)
-            whole = octets + END + b"NOOP\r\n"
-            pieces = [(whole[start : start + step], True) for start in range(0, len(whole), step)]
-            said = await hear_out(ours(taker), [(b"DATA\r\n", True), *pieces])
-        too_long = max(map(len, octets.split(b"\r\n"))) + 2 > LINE
-        answers = {
-            (False, False): [b"250 2.0.0 taken"],
-            (True, False): [b"552 5.3.4 the mail is too large: 200 octets at most"],
-            (False, True): [b"554 5.6.0 a line of the mail is longer than 64 octets"],
-        }
-        answers[True, True] = answers[True, False] + answers[False, True]
-        _, answer, noop = said.splitlines()
-        assert answer in answers[len(octets) > SIZE, too_long]
-        assert noop == b"250 2.0.0 ok"
-        assert taker.taken == ([body] if answer.startswith(b"250") else [])
-
-    asyncio.run(sent())
-
-
-async def test_pipelined_mail_beyond_all_patience_runs_as_no_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A mail far too large that comes together with its DATA is cut off, and no part of it is a command."""
-    monkeypatch.setattr(smtp_session, "_PATIENCE", 4)
-    taker = Taker(tmp_path)
-    smuggled = b"letters\r\n" * 100 + ENVELOPE + b"DATA\r\n\r\nsmuggled\r\n.\r\n"
-    said = await hear_out(ours(taker), [(b"DATA\r\n" + smuggled, True)])
-    assert said.splitlines()[1:] == [b"552 5.3.4 the mail is too large: 200 octets at most"]
-    assert taker.taken == []
+def ours(taker: Taker) -> LimitedSession:
+    """Return our session, with limits that a short mail meets."""
+    return LimitedSession(taker, size_limit=SIZE, line_limit=LINE)
 
 
 # --- where a mail ends -------------------------------------------------------------------------------------
@@ -352,6 +138,15 @@ def test_a_mail_may_be_as_large_as_its_limit_and_no_larger(filling: bytes) -> No
     assert read_in(b"x" + body, line_limit=1000) is Fault.TOO_LARGE
     assert read_in(b"", size_limit=0) is None
     assert read_in(b"\r\n", size_limit=1) is Fault.TOO_LARGE
+
+
+async def test_pipelined_mail_beyond_all_patience_runs_as_no_command(tmp_path: Path) -> None:
+    """A mail far too large that comes together with its DATA is cut off, and no part of it is a command."""
+    taker = Taker(tmp_path)
+    smuggled = b"letters\r\n" * 100 + ENVELOPE + b"DATA\r\n\r\nsmuggled\r\n.\r\n"
+    said = await hear_out(ours(taker), [(b"DATA\r\n" + smuggled, True)])
+    assert said.splitlines()[1:] == [b"552 5.3.4 the mail is too large: 200 octets at most"]
+    assert taker.taken == []
 
 
 class FullDisk(io.FileIO):
