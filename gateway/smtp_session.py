@@ -36,6 +36,7 @@ ANSWER_TIME = 60.0
 """Seconds after the final dot in which the connection is not cut, however short the time for silence is."""
 SLOWEST = 500
 """Octets a second that a mail must come in with in the long run, as Postfix's `smtpd_min_data_rate`."""
+_LARGE_READ = 128 * 1024  # octets that come at once from a client with more behind them
 _PATIENCE = 4  # times the size limit that a client may send before it is cut off
 _GRACE = 10.0  # seconds to take our last line, before a connection that is not read from is torn down
 _SIZE = re.compile(r"\bSIZE=([0-9]{1,20})\b", re.IGNORECASE)
@@ -257,6 +258,14 @@ class SmtpSession(SMTP):
             self.answering = True
             self._reset_timeout(max(ANSWER_TIME, self._timeout_duration))
             super().data_received(rest)
+        elif len(data) >= _LARGE_READ and self.transport is not None:
+            # libuv would read up to 32 times in a row what has come; the others shall have their turn.
+            self.transport.pause_reading()
+            self.loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.resume_reading()
 
     def _too_large(self, most: int) -> str:
         return f"552 5.3.4 the mail is too large: {most} octets at most"

@@ -280,6 +280,8 @@ def _pragmas(*, fresh: bool, read_only: bool) -> tuple[str, ...]:
         "PRAGMA foreign_keys=ON",
         "PRAGMA secure_delete=ON",  # purged documents are overwritten, not only forgotten
         "PRAGMA cache_size=-16384",
+        # The log goes into the file after each 4 MB instead of 16, since all others wait meanwhile.
+        "PRAGMA wal_autocheckpoint=256",
         "PRAGMA temp_store=MEMORY",
     )
     return creation + always + (("PRAGMA query_only=ON",) if read_only else ())

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import pytest
 from harness import until
 from smtp_peers import Taker
 
@@ -90,3 +92,36 @@ async def test_a_fault_of_ours_is_temporary_and_ends_the_conversation(tmp_path: 
         assert answer.startswith("451 4.3.0")
         assert "secret" not in answer
         assert await client.answer() == ""
+
+
+async def test_a_client_that_sends_fast_lets_the_others_have_their_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much of a mail has come already, between two large pieces everybody else is looked after."""
+    loop, turn, large = asyncio.get_running_loop(), 0, []
+
+    def next_turn() -> None:
+        nonlocal turn
+        turn += 1
+        loop.call_soon(next_turn)
+
+    def noted(session: SmtpSession, data: bytes) -> None:
+        if len(data) > 200_000:
+            large.append(turn)
+        receive(session, data)
+
+    receive = SmtpSession.data_received
+    monkeypatch.setattr(SmtpSession, "data_received", noted)
+    next_turn()
+    async with served(Taker(tmp_path)) as (_, begin):
+        fast = await begin()
+        assert (await fast.say("DATA")).startswith("354")
+        with socket.socket(fileno=fast.writer.get_extra_info("socket").fileno()) as wire:
+            sent = 0
+            with contextlib.suppress(BlockingIOError):  # as much as fits: nobody reads it meanwhile
+                while sent < 9_000_000:
+                    sent += wire.send(b"x" * 998 + b"\r\n")
+            wire.detach()
+        assert sent > 1_000_000
+        await until(lambda: len(large) > 3, "the mail to come in")
+        assert len(set(large)) == len(large)
