@@ -12,6 +12,7 @@ later only by `StoreEnded`, when the disk no longer confirms what is written.
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import time
@@ -281,12 +282,8 @@ async def _http(
         if runner.server is None:
             raise OSError("the HTTP server could not be made")
         listen = settings.http.listen
-        factory = connection_factory(runner.server)
-        server = await asyncio.get_running_loop().create_server(factory, listen.host, listen.port)
-        try:
-            yield _address(server.sockets[0].getsockname())
-        finally:
-            server.close()
+        async with _listening(connection_factory(runner.server), listen.host, listen.port) as addresses:
+            yield addresses[0]
     finally:
         await runner.cleanup()
 
@@ -328,16 +325,26 @@ async def _smtp(settings: Settings, door: MailDoor, sessions: Sessions) -> Async
         hostname=hostname_of(settings),
         timeout=settings.smtp.timeout,
     )
-    loop = asyncio.get_running_loop()
-    servers: list[asyncio.Server] = []
-    try:
+    async with contextlib.AsyncExitStack() as stack:
+        addresses: list[str] = []
         for endpoint in settings.smtp.listen:
-            server = await loop.create_server(factory, endpoint.host, endpoint.port)
-            servers.append(server)
-        yield tuple(_address(listening.getsockname()) for server in servers for listening in server.sockets)
+            addresses += await stack.enter_async_context(_listening(factory, endpoint.host, endpoint.port))
+        yield tuple(addresses)
+
+
+@contextlib.asynccontextmanager
+async def _listening(
+    factory: Callable[[], asyncio.Protocol], host: str, port: int
+) -> AsyncIterator[list[str]]:
+    """Listen, and give the addresses; what is connected already outlives this. Raises OSError."""
+    server = await asyncio.get_running_loop().create_server(factory, host, port)
+    try:
+        # uvloop says nothing of a listen(2) that fails: it closes that socket, and has None in its place.
+        if not all(server.sockets):
+            raise OSError(errno.EADDRINUSE, f"{os.strerror(errno.EADDRINUSE)}: {host} port {port}")
+        yield [_address(listening.getsockname()) for listening in server.sockets]
     finally:
-        for server in servers:
-            server.close()
+        server.close()
 
 
 def _address(name: tuple[object, ...]) -> str:

@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 from crashes import locked, rows
 from harness import PATIENCE, Gateway, World, numbers, until, world
+from shims import shim
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 FREE = numbers()
@@ -118,6 +119,28 @@ async def test_a_database_under_another_name_is_the_same_one(w: World, tmp_path:
     assert "store.url: another `fax-gateway serve` uses the database" in line
     (reply,) = await w.replies(next(FREE))
     assert reply["X-Fax-Outcome"] == "delivered"
+
+
+# Two programs may bind to a port, with SO_REUSEADDR, until one of them listens.
+NO_LISTENING = """
+#include <errno.h>
+int listen(int socket, int backlog) { errno = EADDRINUSE; return -1; }
+"""
+
+
+async def test_a_port_on_which_somebody_else_listens_first_is_told(w: World, tmp_path: Path) -> None:
+    """Whoever loses the race for a port is told so in a line, with exit code 69, as for any port in use."""
+    settings = w.gateway.settings | {
+        "store": {"url": f"sqlite:///{tmp_path}/gateway.db"},
+        "smtp": {"listen": "127.0.0.1:0"},
+        "http": {"listen": "127.0.0.1:0"},
+    }
+    second = Gateway(tmp_path, settings, environ={"LD_PRELOAD": str(shim(tmp_path, NO_LISTENING))})
+    second.write_config()
+    code, line = await _refused(second, "serve")
+    assert code == 69
+    assert line.startswith("fax-gateway: cannot start: smtp.listen or http.listen: ")
+    assert "Address already in use" in line
 
 
 # --- the commands ----------------------------------------------------------------------------------------
