@@ -21,6 +21,7 @@ LIBRARIES = (
     "pybase64",
     "cryptography",
     "aiosmtplib",
+    "uvloop",
 )
 _BLOCK = 16384  # octets: the gateway's database pages
 _PIECE = 1 << 20
