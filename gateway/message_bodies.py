@@ -17,6 +17,7 @@ import binascii
 import re
 import string
 from collections.abc import Iterator
+from dataclasses import dataclass
 from email.message import Message
 from email.policy import Policy
 
@@ -25,11 +26,15 @@ import pybase64
 LARGE = 2 * 1024
 """Octets from which on it pays to lift a body out."""
 
-_LETTERS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 _BLANK_LINE = b"\r\n\r\n"
 _MARK = "*lifted from octet "  # neither the asterisk nor the blank is among the letters
 _MARKED = re.compile(re.escape(_MARK) + r"(\d+)\*")
-_AT_ONCE = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Lifted:
+    end: int  # where the last lifted line ends, without its line end
+    octets: bytes  # what they and the lines up to the next hyphen stand for
 
 
 class Bodies:
@@ -40,22 +45,22 @@ class Bodies:
 
     def __init__(self, raw: bytes, large: int = LARGE) -> None:
         self._raw = raw
-        self._ends = dict(_found(raw, large))
+        self._lifted = dict(_found(raw, large))
         pieces: list[bytes] = []
         reached = 0
-        for start, end in self._ends.items():
+        for start, lifted in self._lifted.items():
             pieces += raw[reached:start], f"{_MARK}{start}*".encode()
-            reached = end
+            reached = lifted.end
         self.rest = b"".join((*pieces, raw[reached:]))
-        if self._ends and self.rest.count(_MARK.encode()) != len(self._ends):  # the mail holds such a line
-            self._ends = {}
+        if self.rest.count(_MARK.encode()) != len(self._lifted):  # the mail holds such a line
+            self._lifted = {}
             self.rest = raw
 
     def whole(self, text: str) -> str:
         """Return a payload that the parser read in `rest` as it would have read it in the mail."""
-        if not self._ends or _MARK not in text:
+        if not self._lifted or _MARK not in text:
             return text
-        return _MARKED.sub(lambda mark: self._lifted(int(mark[1])).decode("ascii"), text)
+        return _MARKED.sub(lambda mark: self._text(int(mark[1])), text)
 
     def decoded(self, text: str) -> bytes | None:
         """Return what a payload in base64 stands for, None if it is not simply one lifted body and its end.
@@ -64,16 +69,15 @@ class Bodies:
         """
         before, _, marked = text.partition(_MARK)
         place, _, after = marked.partition("*")
-        if not self._ends or not place or before.strip(string.whitespace) or not after.isascii():
+        if not self._lifted or not place or before.strip(string.whitespace) or not after.isascii():
             return None
         # Whole groups of four letters were lifted: in front of the end, one such says as much as all of them.
         binascii.a2b_base64(b"AAAA" + b"".join(after.encode("ascii").split()), strict_mode=True)
-        start = int(place)
-        body = memoryview(self._raw)[start : self._ends[start] + len(after)]
-        return pybase64.b64decode(body)  # passes over line ends, and over nothing else by now
+        # Without a hyphen in it, this end is all that stood there up to the next one: it is decoded already.
+        return self._lifted[int(place)].octets
 
-    def _lifted(self, start: int) -> bytes:
-        return self._raw[start : self._ends[start]]
+    def _text(self, start: int) -> str:
+        return self._raw[start : self._lifted[start].end].decode("ascii")
 
 
 class Part(Message):
@@ -108,8 +112,8 @@ class Part(Message):
         return plain if isinstance(plain, bytes) else b""
 
 
-def _found(raw: bytes, large: int) -> Iterator[tuple[int, int]]:
-    """Yield where in a mail a large body begins, and where its last line but the line end ends."""
+def _found(raw: bytes, large: int) -> Iterator[tuple[int, _Lifted]]:
+    """Yield where in a mail a large body begins, and what is lifted out there."""
     reached = 0
     while (blank := raw.find(_BLANK_LINE, reached)) >= 0:
         # A body begins behind a blank line and holds none: of several within its least length, the last.
@@ -117,31 +121,42 @@ def _found(raw: bytes, large: int) -> Iterator[tuple[int, int]]:
         start = blank + len(_BLANK_LINE)
         hyphen = raw.find(b"-", start)
         reached = hyphen if hyphen >= 0 else len(raw)
-        end = _end(raw, start, reached)
-        if end - start >= large:
-            yield start, end
+        lifted = _lifted(raw, start, reached)
+        if lifted is not None and lifted.end - start >= large:
+            yield start, lifted
 
 
-def _end(raw: bytes, start: int, limit: int) -> int:
-    """Return where the lines of base64 that begin at `start` end, `start` itself if there are none to lift.
+def _lifted(raw: bytes, start: int, limit: int) -> _Lifted | None:
+    """Return what is lifted out of the lines of base64 that begin at `start`, None if there are none.
 
     They are of one length, as every encoder writes them. Lifted are multiples of four lines, so of four
     letters; the last lines stay, and with them the padding and what else may stand in front of a boundary.
     """
     width = raw.find(b"\r\n", start, limit) - start
     if width < 1:
-        return start
+        return None
     step = width + 2
     lines = ((limit - start) // step - 1) // 4 * 4
-    if lines < 1:
-        return start
     end = start + lines * step
     returns, feeds = raw[start + width : end : step], raw[start + width + 1 : end : step]
-    if returns != b"\r" * lines or feeds != b"\n" * lines:
-        return start
-    # These line ends must be all that is not a letter.
-    other = sum(
-        len(raw[place : min(place + _AT_ONCE, end)].translate(None, _LETTERS))
-        for place in range(start, end, _AT_ONCE)
-    )
-    return end - 2 if other == 2 * lines else start
+    if lines < 1 or returns != b"\r" * lines or feeds != b"\n" * lines:
+        return None
+    octets = _octets(memoryview(raw)[start:limit], end - start, lines * width)
+    return None if octets is None else _Lifted(end - 2, octets)
+
+
+def _octets(body: memoryview, end: int, letters: int) -> bytes | None:
+    """Return what a body stands for, None if up to `end` there is more than `letters` and line ends.
+
+    The decoder passes over what is no letter. But four letters are three octets: with one letter less, it
+    cannot come to as many.
+    """
+    try:
+        try:
+            after = len(pybase64.b64decode(body[end:]))
+        except binascii.Error:  # broken behind the lines: whoever wants the whole will hear of it
+            body, after = body[:end], 0
+        octets = pybase64.b64decode(body)
+    except binascii.Error:
+        return None
+    return octets if len(octets) == letters // 4 * 3 + after else None
