@@ -261,11 +261,11 @@ async def test_a_document_is_read_back_as_it_came(store: TriedStore, size: int) 
     assert paper == (paper[0], stores.small_paper(document).sha256)
 
 
-PIECES, MOST_PIECES = 9, 2
+PIECES, MOST_PIECES = 9, 4
 
 
 async def test_a_large_document_goes_in_piece_by_piece(store: TriedStore) -> None:
-    """A document of 20 MB never holds up the writer for more than 512 KB, and shows only once accepted."""
+    """A document of 20 MB never holds up the writer for more than 1 MB, and shows only once accepted."""
     with transactions(store.database) as heard:
         document_id = await store.keep_document(io.BytesIO(bytes(PIECES * CHUNK)))
     chunks = [
