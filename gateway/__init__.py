@@ -19,7 +19,7 @@ Doors and loops; they never import each other
 What they use
     address           recipient to E.164; may this sender dial this number
     smtp_data         the octets of a mail, from the network into a file, up to its end
-    prepare           what a child process does to one mail
+    prepare           a mail's way to the finished document: prepare_child (what a child process does)
     store             the verbs over what is stored: store_intake (mail in), store_work (what is due),
                       store_events (the carrier's), store_apply (the one door through which a fax changes),
                       store_brakes (what stops the queue), store_outbox (mail out), store_desk (operators),

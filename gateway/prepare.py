@@ -1,13 +1,16 @@
-"""What a child process does to one mail, and the daemon's side of the call.
+"""From the octets after DATA to the finished document: the daemon's side, which asks a child process.
 
-In charge of the way of a mail from the octets after DATA to the finished document: `Preparer` gives a
-private file to receive the mail into and asks a child, which runs `message` and then `document` on it and
-writes the result into a second file; nothing large goes through the pipe.
+In charge of the files on that way: `Preparer` gives a private one to receive the mail into and asks a child
+(`prepare_child`), which writes the document into a second one; nothing large goes through the pipe. The
+libraries that read documents are never loaded here.
 
 Promises: the files exist with mode 0600 in a folder of the gateway's own, the mail until `Received.discard`
 and the document until `Prepared.discard`; every way out removes them, and `sweep` removes what a killed
 daemon left. One picture is drawn at a time: with two children or more, pages that are slow to draw never keep
-a mail waiting. The child is run as `python -I -m gateway.prepare`.
+a mail waiting.
+
+Fails: `MailRefused` with the answer for the sender; `ChildFailed` when the mail could not be examined;
+`OSError` when the folder cannot be written.
 """
 
 import abc
@@ -22,11 +25,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from gateway import document, message
-from gateway.children import ChildFailed, Json, Pool, serve
+from gateway.children import ChildFailed, Pool
 from gateway.message import MailRefused
 
-COMMAND = (sys.executable, "-I", "-m", "gateway.prepare")
+COMMAND = (sys.executable, "-I", "-m", "gateway.prepare_child")
 """How the pool starts its children."""
 TURN_LIMIT = 10.0
 """Seconds that a picture waits until the one before it is drawn."""
@@ -189,52 +191,3 @@ class Preparer:
 def _write(file: BinaryIO, data: bytes) -> None:
     with file:
         file.write(data)
-
-
-def work(job: Json) -> Json:
-    """Do one job in the child.
-
-    The job is {"do": "mail" or "picture", "path": file to read, "out": file to fill, and limits}. Answers
-    {"ok": fields of Prepared, without the path} or {"refused": fields of MailRefused}.
-    """
-    source, result = Path(job["path"]), Path(job["out"])
-    if job["do"] == "picture":
-        _fill(result, document.first_page_picture(source.read_bytes()))
-        return {"ok": {}}
-    try:
-        mail = message.parse(source.read_bytes())
-        made = document.join(mail.attachments, max_pages=job["max_pages"], max_size=job["max_size"])
-    except MailRefused as refusal:
-        fields = {"code": refusal.code, "status": refusal.status, "text": refusal.text, "log": refusal.log}
-        return {"refused": fields}
-    _fill(result, made.data)
-    return {
-        "ok": {
-            "message_id": mail.message_id,
-            "message_key": mail.message_key,
-            "subject": mail.subject,
-            "references": mail.references,
-            "original_headers": base64.b64encode(mail.original_headers).decode("ascii"),
-            "digest": mail.digest,
-            "pages": made.pages,
-            "size": len(made.data),
-            "sha256": made.sha256,
-        }
-    }
-
-
-def _fill(path: Path, data: bytes) -> None:
-    """Write into a file that must exist: once the daemon has removed it, nobody waits for it any more."""
-    with path.open("r+b") as file:
-        file.write(data)
-
-
-def main() -> None:
-    """Serve jobs from standard input; answers leave by a copy of standard output that no library knows of."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    serve(work, sys.stdin.buffer, answers)
-
-
-if __name__ == "__main__":
-    main()

@@ -19,17 +19,17 @@ TIME_LIMIT = 2.0  # seconds for a document
 MARKS = {"hang": "while True: pass", "crash": "os.kill(os.getpid(), signal.SIGSEGV)", "swell": "b'x' * 2**40"}
 CHILD = f"""
 import os, pathlib, signal
-from gateway import prepare
+from gateway import prepare_child
 
-def work(job, sound=prepare.work):
+def work(job, sound=prepare_child.work):
     data = pathlib.Path(job["path"]).read_bytes()
     for mark, deed in {MARKS!r}.items():
         if f"{{job['do']}} {{mark}}".encode() in data:
             exec(deed)
     return sound(job)
 
-prepare.work = work
-prepare.main()
+prepare_child.work = work
+prepare_child.main()
 """
 PROGRAM = program_after(
     f"""

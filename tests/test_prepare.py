@@ -14,7 +14,8 @@ from pikepdf import Dictionary, Name
 
 from gateway.children import ChildFailed, Pool
 from gateway.message import MailRefused, parse
-from gateway.prepare import COMMAND, Prepared, Preparer, Received, work
+from gateway.prepare import COMMAND, Prepared, Preparer, Received
+from gateway.prepare_child import work
 
 # A child that takes the jobs of a Preparer and answers what the test wants.
 LIAR = """
@@ -30,7 +31,7 @@ serve(lie, sys.stdin.buffer, sys.stdout.buffer)
 # A child that begins to draw when somebody opens the pipe `gate` for writing.
 SLOW_PAINTER = """
 import sys
-from gateway import prepare
+from gateway import prepare_child
 
 def work(job):
     if job["do"] == "picture":
@@ -38,8 +39,8 @@ def work(job):
         open(%r).close()
     return done(job)
 
-done, prepare.work = prepare.work, work
-prepare.main()
+done, prepare_child.work = prepare_child.work, work
+prepare_child.main()
 """
 LIMITS = {"max_pages": 10, "max_size": 1_000_000}
 
@@ -358,7 +359,7 @@ def test_child_never_brings_a_removed_file_back(tmp_path: Path) -> None:
 def test_libraries_cannot_speak_for_the_child() -> None:
     """What a library prints does not mix with the child's answers."""
     noisy = "lambda job: os.write(1, b'noise\\n') and {'ok': {}}"
-    script = f"import gateway.prepare as p, os\np.work = {noisy}\np.main()\n"
+    script = f"import gateway.prepare_child as p, os\np.work = {noisy}\np.main()\n"
     done = subprocess.run(
         [sys.executable, "-I", "-c", script],
         input=b'{"memory": 1000000000, "seconds": 10}\n{}\n',

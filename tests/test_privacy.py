@@ -206,7 +206,16 @@ async def test_process_list_and_children_know_no_secret(tmp_path: Path) -> None:
         own, children = await asyncio.to_thread(processes, daemon.process.pid)
         assert KEY not in own
         assert children
-        assert all("gateway.prepare" in words and not environment for words, environment in children)
+        assert all("gateway.prepare_child" in words and not environment for words, environment in children)
+
+
+async def test_the_process_that_knows_the_secrets_never_loads_what_reads_documents(tmp_path: Path) -> None:
+    """A hole in a PDF library is one in a child that knows nothing, after a day's work, too."""
+    async with recorded(tmp_path) as daemon:
+        await a_days_work(daemon)
+        maps = await asyncio.to_thread(Path(f"/proc/{daemon.process.pid}/maps").read_text)
+        assert "libcrypto" in maps  # so that the next line can fail
+        assert not [name for name in ("pdfium", "qpdf", "pikepdf") if name in maps]
 
 
 def processes(pid: int) -> tuple[str, list[tuple[str, bytes]]]:
