@@ -31,7 +31,7 @@ What they use
 What those use
     message           MIME to attachments, or the refusal: message_bodies (large ones go past the parser)
     document          check, repair and join PDFs; the picture of page 1
-    children          the pool of child processes
+    children          the pool of child processes; child: one of them
     carrier           what any carrier does, and its ways to fail
     sqlite, postgresql  the two kinds of database; sqlite_statements: each of its statements compiled once
     database          the threads that do the work; schema and migrations

@@ -1,33 +1,31 @@
 """A pool of warm child processes that do one job at a time and may be killed one by one.
 
-In charge of both ends of the pipe: `Pool` in the daemon, `serve` in the child. A job and its answer are one
-line of JSON each, so nothing that a child sends is ever unpickled or run.
+In charge of the daemon's end of the pipe, whose other end is `child.serve`: a job and its answer are one line
+of JSON each, so nothing that a child sends is ever unpickled or run.
 
 Promises: a child that takes too long, grows too large or dies costs its own job and no other; it is replaced.
 Children see an empty environment, stand outside the daemon's process group, so that a signal to the group
 leaves running jobs alone, and end when the daemon ends, because their standard input does. Children that
 cannot be started are tried again with growing pauses; until one lives, every job fails at once.
+
+Fails: `ChildFailed` for the one job.
 """
 
 import asyncio
 import contextlib
 import json
 import math
-import resource
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, BinaryIO, Literal, cast
+from typing import Literal, cast
 
-MAX_LINE = 1024 * 1024
-"""Octets of one job or one answer."""
+from gateway.child import MAX_LINE, Json
+
 START_LIMIT = 30.0
 """Seconds for a child to import what it needs and say that it is ready."""
 _FIRST_PAUSE = 0.1
 _LAST_PAUSE = 30.0
-_MAX_FILES = 64
-
-Json = dict[str, Any]
 
 
 class ChildFailed(Exception):
@@ -266,53 +264,3 @@ class Pool:
         with contextlib.suppress(ValueError):
             self._idle.remove(child)
         await child.gone()
-
-
-def serve(
-    handle: Callable[[Json], Json],
-    jobs: BinaryIO,
-    answers: BinaryIO,
-    set_limit: Callable[[int, tuple[int, int]], None] = resource.setrlimit,
-) -> None:
-    """Be a child: take limits, say ready, then answer each line of `jobs` until it ends.
-
-    A job that raises is answered with the exception's class and nothing more; after a MemoryError the child
-    ends, because its heap is no place for the next job.
-    """
-    first = jobs.readline(MAX_LINE)
-    if not first:
-        return
-    limits = json.loads(first)
-    for kind, wanted in (
-        (resource.RLIMIT_AS, limits["memory"]),
-        (resource.RLIMIT_FSIZE, limits["memory"]),
-        (resource.RLIMIT_NOFILE, _MAX_FILES),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        value = _at_most_hard(kind, wanted)
-        set_limit(kind, (value, value))
-    _say(answers, {"ready": True})
-    while line := jobs.readline(MAX_LINE):
-        # The limit counts the whole life of the process (setrlimit(2)), so each job moves it up.
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        used = math.ceil(usage.ru_utime + usage.ru_stime)
-        seconds = _at_most_hard(resource.RLIMIT_CPU, used + limits["seconds"])
-        set_limit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-        try:
-            answer = handle(json.loads(line))
-        except MemoryError:
-            return
-        except Exception as fault:  # noqa: BLE001  # the outermost loop of the process
-            answer = {"failed": type(fault).__name__}
-        _say(answers, answer)
-
-
-def _at_most_hard(kind: int, wanted: int) -> int:
-    """Return the wanted limit, or the lower one that an administrator set: asking for more is an error."""
-    hard = resource.getrlimit(kind)[1]
-    return wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-
-
-def _say(answers: BinaryIO, answer: Json) -> None:
-    answers.write(json.dumps(answer).encode() + b"\n")
-    answers.flush()

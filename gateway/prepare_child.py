@@ -6,7 +6,7 @@ In charge of a job's way through `message` and `document`, from one file into an
 Promises: only files that the daemon made are written, and nothing that a library prints gets among the
 answers.
 
-Fails: as `children.serve` says; what is wrong with a mail is an answer, not a fault.
+Fails: as `child.serve` says; what is wrong with a mail is an answer, not a fault.
 """
 
 import base64
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from gateway import document, message
-from gateway.children import Json, serve
+from gateway.child import Json, serve
 from gateway.message import MailRefused
 
 

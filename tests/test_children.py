@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from gateway.children import MAX_LINE, ChildFailed, Json, Pool, serve
+from gateway.child import MAX_LINE, Json, serve
+from gateway.children import ChildFailed, Pool
 
 # A child that does as it is told: each job names what to do.
 OBEDIENT = """
 import os, resource, sys, time
-from gateway.children import serve
+from gateway.child import serve
 
 def echo(job): return {"echo": job["word"], "pid": os.getpid()}
 def hang(job):

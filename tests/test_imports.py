@@ -21,6 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
      "compose", "compose_text", "store", "store_work", "store_intake", "store_outbox", "store_desk",
      "store_restore", "store_events", "store_brakes", "store_apply", "store_unit"),
     ("document", "message", "message_bodies", "children"),
+    ("child",),
     ("carrier",),
     ("sqlite", "postgresql"),
     ("sqlite_statements",),

@@ -20,7 +20,7 @@ from gateway.prepare_child import work
 # A child that takes the jobs of a Preparer and answers what the test wants.
 LIAR = """
 import sys, time
-from gateway.children import serve
+from gateway.child import serve
 
 def lie(job):
     time.sleep(%s)
