@@ -101,7 +101,7 @@ def main() -> int:
             except FAULTS as fault:
                 failed.append(name)
                 results.begin(name)  # figures of a run that failed are worth nothing
-                results.skipped[name] = f"failed: {type(fault).__name__}"
+                results.skipped[name] = f"failed: {fault}".replace(str(folder), "…")
                 plan.say(f"{name} FAILED: {fault}")
             results.save(saved)
     text = report.written(results)

@@ -2,7 +2,8 @@
 
 Ours parses the mail, checks the PDF and commits both before the 250; Postfix writes the mail into its queue.
 For each size the peers take turns, each with an empty store: one round is every peer with every number of
-sessions. How many mails a run sends follows from a trial that is thrown away.
+sessions. How many mails a run sends follows from a trial that is thrown away; as many mails as in the trial
+warm each peer up after its start.
 """
 
 import shutil
@@ -82,14 +83,16 @@ def measure(results: Results, plan: Plan, folder: Path) -> None:
                     if not turn:
                         rates[name] = run(server, letter, _TRIAL_SESSIONS, _TRIAL[size])["rate"]
                         continue
-                    for sessions in plan.sessions:
+                    run(server, letter, _TRIAL_SESSIONS, _TRIAL[size])  # all processes of a peer run by then
+                    # There and back again, so that no number of sessions always finds the fullest store.
+                    for sessions in plan.sessions[:: 1 if turn % 2 else -1]:
                         count = max(least(sessions), round(rates[name] * plan.seconds))
                         row = run(server, letter, sessions, count)
                         results.add("door", peer=name, size=size, sessions=sessions, **row)
 
 
 def least(sessions: int) -> int:
-    """Return how many mails at least make a run: its beginning and end must not be most of it."""
+    """Return how many mails at least make a run: three for each session, but 60 of 20 MB take long enough."""
     return max(5, sessions, min(3 * sessions, 60))
 
 

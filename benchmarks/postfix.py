@@ -1,7 +1,8 @@
 """Postfix as a peer: it takes a mail, writes it into its queue and delivers it to `discard`.
 
 It is made to do as little as it can beside that: no look-ups, no checks, no TLS. `in_flow_delay` is off, or
-it would hold back clients that are faster than its deliveries.
+it would hold back clients that are faster than its deliveries. Its processes live for 1,000 mails, as the
+gateway's children do, and not for 100.
 """
 
 import os
@@ -49,6 +50,7 @@ message_size_limit = 60000000
 mailbox_size_limit = 0
 in_flow_delay = 0
 default_destination_concurrency_limit = 50
+max_use = 1000
 """
 
 

@@ -141,10 +141,22 @@ def shut_to_others(folder: Path) -> Path | None:
 
 
 def memory(pid: int) -> int:
-    """Return the octets that a process and its descendants keep, shared pages counted once (Pss)."""
-    total = 0
+    """Return the octets that a process and its descendants keep in memory (proc(5), smaps).
+
+    What they map from the same place of a file is one copy, of which the one that touched most of it is
+    counted, in full: other programs that have the same library open make nothing smaller.
+    """
+    own, mapped = 0, dict[tuple[str, ...], int]()
     for each in tree(pid):
+        place, resident = tuple[str, ...](), 0
         with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{each}/smaps_rollup").read_text().splitlines()
-            total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-    return total
+            for line in Path(f"/proc/{each}/smaps").read_text().splitlines():
+                match line.split():
+                    case ["Rss:", size, _]:
+                        resident = int(size) * 1024
+                    case ["Anonymous:", size, _]:
+                        own += int(size) * 1024
+                        mapped[place] = max(mapped.get(place, 0), resident - int(size) * 1024)
+                    case [addresses, _, offset, device, inode, *_] if "-" in addresses:
+                        place = (device, inode, offset) if inode != "0" else (str(each), addresses)
+    return own + sum(mapped.values())

@@ -61,7 +61,7 @@ def _machine(results: Results) -> str:
     rows = [[name, text] for name, text in results.machine.items()]
     rows.append(
         [
-            "fsync",
+            "fdatasync",
             f"{_told(results.median('bounds', 'fsync'))}/s: pages of 16 KB, each confirmed",
         ]
     )
@@ -115,12 +115,12 @@ def _goals(results: Results) -> str:
         ),
         ("Webhook to reply, idle, within 50 ms (p99)", results.median("replies", "p99"), 50.0, " ms"),
         ("CPU of a fax with a long past or queue: at most 1.2 times", _worst_past(results), 1.2, " times"),
-        ("Memory idle: below 150 MiB", results.median("memory", "idle"), 150.0, " MiB"),
+        ("Memory idle: below 150 MB", results.median("memory", "idle"), 150.0, " MB"),
         (
-            "Memory with 50 sessions of 20 MB: below 400 MiB",
+            "Memory with 50 sessions of 20 MB: below 400 MB",
             max(results.values("memory", "peak"), default=None),
             400.0,
-            " MiB",
+            " MB",
         ),
         ("The file is smaller after a purge", purge, 0.999, " of its size"),
     ]
@@ -208,11 +208,17 @@ def _stalls(results: Results) -> str:
         for kind, told in (("noop", "NOOP"), ("webhook", "webhook")):
             where: dict[str, Any] = {"peer": peer, "kind": kind}
             if results.values("stalls", "p99", **where):
-                found = [results.median("stalls", figure, **where) for figure in ("p50", "p99", "max")]
+                found = [
+                    results.median("stalls", figure, **where)
+                    for figure in ("mails", "answers", "p50", "p99", "max")
+                ]
                 rows.append(
                     [name, told, *map(_told, found), _told(max(results.values("stalls", "max", **where)))]
                 )
-    head = ["", "asked for", "p50 ms", "p99 ms", "max ms, median", "max of all rounds"]
+    head = [
+        "", "asked for", "mails a second meanwhile", "answers a round", "p50 ms", "p99 ms", "max ms, median",
+        "max of all rounds",
+    ]  # fmt: skip
     title = "### Stalls: answers to others while ten sessions send 20 MB each\n\n"
     return f"{title}{_made(results, 'stalls')}{_table(head, rows)}" if rows else ""
 
@@ -257,8 +263,8 @@ def _scale(results: Results) -> str:
     idle, peak = results.median("memory", "idle"), max(results.values("memory", "peak"), default=None)
     sessions, later = results.median("memory", "sessions"), results.median("memory", "after")
     text += (
-        f"Memory of all processes (Pss): {_told(idle)} MiB idle, at most {_told(peak)} MiB while"
-        f" {sessions or 0:.0f} sessions send 20 MB each, {_told(later)} MiB after.\n"
+        f"Memory of all processes: {_told(idle)} MB idle, at most {_told(peak)} MB while"
+        f" {sessions or 0:.0f} sessions send 20 MB each, {_told(later)} MB after.\n"
     )
     faxes, before, after = (results.median("purge", figure) for figure in ("faxes", "before", "after"))
     text += (

@@ -102,12 +102,12 @@ def _memory(folder: Path, sessions: int) -> dict[str, float]:
                 peak = max(peak, memory(gateway.pid))
                 time.sleep(0.05)
             rejected = len((stream.stderr.read() if stream.stderr else b"").splitlines())
-        gateway.until_count("faxes", sessions - rejected)
+        if rejected:
+            raise Failed(f"{rejected} of {sessions} mails at once were not taken")
+        gateway.until_count("faxes", sessions)
         after = memory(gateway.pid)
-    mebibytes = {
-        name: round(each / 2**20, 1) for name, each in (("idle", idle), ("peak", peak), ("after", after))
-    }
-    return mebibytes | {"sessions": sessions, "rejected": rejected}
+    kept = {"idle": idle, "peak": peak, "after": after}
+    return {name: round(octets / 1e6, 1) for name, octets in kept.items()} | {"sessions": sessions}
 
 
 def _purge(folder: Path, count: int) -> dict[str, float]:

@@ -27,11 +27,13 @@ def measure(results: Results, plan: Plan, folder: Path) -> None:
             plan.say(f"stalls, {name}: round {turn + 1} of {plan.rounds}")
             with ExitStack() as stack:
                 server = peers.start(name, stack)
-                for kind, times in _run(server, letter, plan.stall_seconds, folder).items():
-                    results.add("stalls", peer=name, kind=kind, **percentiles(times))
+                found, mails = _run(server, letter, plan.stall_seconds, folder)
+                for kind, times in found.items():
+                    results.add("stalls", peer=name, kind=kind, mails=mails, **percentiles(times))
 
 
-def _run(server: Server, letter: Path, seconds: float, folder: Path) -> dict[str, list[float]]:
+def _run(server: Server, letter: Path, seconds: float, folder: Path) -> tuple[dict[str, list[float]], float]:
+    """Return the milliseconds of each answer, and the mails a second that were taken meanwhile."""
     with subprocess.Popen(
         command(server.port, letter, _SESSIONS, _ENDLESS),
         stdout=subprocess.DEVNULL,
@@ -43,15 +45,16 @@ def _run(server: Server, letter: Path, seconds: float, folder: Path) -> dict[str
             log.unlink(missing_ok=True)
             with Process.of_ours("probe", seconds, server.port, server.http_port, log=log) as probe:
                 found: dict[str, list[float]] = json.loads(probe.result(seconds + 120))
+            mails = (server.accepted() - taken) / seconds
             if stream.poll() is not None:
                 raise Failed("smtp-source ended before it was told to")
         finally:
             stream.kill()
-    if server.accepted() == taken:
+    if not mails:
         raise Failed("no mail was taken while the answers were timed")
     if server.events() < len(found["webhook"]):
         raise Failed(f"{len(found['webhook'])} webhooks answered 200, {server.events()} in the store")
-    return {kind: times for kind, times in found.items() if times}
+    return {kind: times for kind, times in found.items() if times}, mails
 
 
 def percentiles(times: list[float]) -> dict[str, float]:
