@@ -55,7 +55,7 @@ _DATA_LIMIT = 20.0  # seconds that a stop waits for the final dots of mails that
 _ACCEPT_LIMIT = 35.0  # seconds that a stop waits for mails after their final dot
 _NOTICES_LIMIT = 15.0  # seconds that a stop waits for replies on their way to the relay
 _SPARE_LOOK_UPS = 16  # names looked up at a time, beside one for each call: for questions and replies
-_MOST_THREADS = 200  # systemd lets the unit have 512 with all else; one too many ends the process
+_MOST_THREADS = 200  # systemd lets the unit have 512 with all else; libuv ends the process if it gets no more
 _TURN_LIMIT = 300.0  # seconds without coming round after which a loop counts as dead
 
 

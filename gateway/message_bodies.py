@@ -71,9 +71,10 @@ class Bodies:
         place, _, after = marked.partition("*")
         if not self._lifted or not place or before.strip(string.whitespace) or not after.isascii():
             return None
-        # Whole groups of four letters were lifted: in front of the end, one such says as much as all of them.
+        # The strict decoder looks at what follows the mark; one group of four letters stands for those that
+        # were lifted, since nothing is wrong with whole groups, and padding needs one in front.
         binascii.a2b_base64(b"AAAA" + b"".join(after.encode("ascii").split()), strict_mode=True)
-        # Without a hyphen in it, this end is all that stood there up to the next one: it is decoded already.
+        # It found no hyphen there, so no more follows than `_lifted` decoded along with the body.
         return self._lifted[int(place)].octets
 
     def _text(self, start: int) -> str:
@@ -148,8 +149,8 @@ def _lifted(raw: bytes, start: int, limit: int) -> _Lifted | None:
 def _octets(body: memoryview, end: int, letters: int) -> bytes | None:
     """Return what a body stands for, None if up to `end` there is more than `letters` and line ends.
 
-    The decoder passes over what is no letter. But four letters are three octets: with one letter less, it
-    cannot come to as many.
+    The decoder passes over what is no letter, and gives three octets for four letters: with one letter less
+    it cannot come to as many. What follows `end` is decoded alone first, to know what it adds.
     """
     try:
         try:

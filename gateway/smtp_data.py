@@ -76,7 +76,8 @@ class MailData:
             return
         self.fault = self._written(octets)
         if self.fault is not None:
-            # The mail may go on for long. What is buffered stays so: the disk may be full.
+            # The rest may take long to come: it shall not keep space meanwhile. No flush before, it may fail
+            # again; what it would have written goes when the file is discarded.
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file.fileno(), 0)
 
@@ -89,11 +90,11 @@ class MailData:
             return Fault.TOO_LARGE
         if self._has_long_line(octets, first - self._line):
             return Fault.LONG_LINE
-        if self._size - self._asked > _ASK_EVERY:
-            self._asked = self._size
-            if not self._room():
-                return OSError(errno.ENOSPC, "too little is left for what has begun")
         try:
+            if self._size - self._asked > _ASK_EVERY:
+                self._asked = self._size
+                if not self._room():
+                    return OSError(errno.ENOSPC, "too little is left for what has begun")
             plain = octets.replace(b"\r\n.", b"\r\n") if b"." in octets else octets
             self._file.write(plain[first:])
         except OSError as error:

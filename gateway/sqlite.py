@@ -86,11 +86,12 @@ class SqliteDatabase(Database):
     def _claim(self, path: Path) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            for file in (path, path.with_name(path.name + ".lock")):
+            lock_path = path.with_name(path.name + ".lock")
+            for file in (path, lock_path):
                 file.touch(mode=0o600)
             if path.is_file():
                 path.chmod(0o600)  # before SQLite opens it: the log files beside it get the same mode
-            lock = file.open("a")
+            lock = lock_path.open("a")
         except OSError as error:
             raise WrongDatabase(
                 f"the folder of the database, {path.parent}, cannot be used: {error}"
@@ -221,7 +222,7 @@ def _run_unit(statements: Statements, unit: Unit) -> tuple[Any, Exception | None
     statements.driver.execute("SAVEPOINT unit")
     result, failure = None, None
     try:
-        result = unit.work(cast("Connection", statements))  # which are all of it that a unit needs
+        result = unit.work(cast("Connection", statements))  # as good as one for all that a unit does
     except Exception as error:  # noqa: BLE001 -- belongs to the caller, who gets it
         try:
             statements.driver.execute("ROLLBACK TO unit")
@@ -279,9 +280,9 @@ def _pragmas(*, fresh: bool, read_only: bool) -> tuple[str, ...]:
         "PRAGMA synchronous=FULL",  # NORMAL may lose the last commits on power loss
         "PRAGMA foreign_keys=ON",
         "PRAGMA secure_delete=ON",  # purged documents are overwritten, not only forgotten
-        "PRAGMA cache_size=-16384",
+        "PRAGMA cache_size=-16384",  # KB; what a transaction does not keep in it goes to the disk twice
         # The log goes into the file after each 4 MB instead of 16, since all others wait meanwhile.
         "PRAGMA wal_autocheckpoint=256",
-        "PRAGMA temp_store=MEMORY",
+        "PRAGMA temp_store=MEMORY",  # what is sorted stays out of files that others may read
     )
     return creation + always + (("PRAGMA query_only=ON",) if read_only else ())

@@ -4,8 +4,8 @@ In charge of: running the statements that are constants of a module as text, str
 statement that comes for the first time goes SQLAlchemy's way, and so does each that is built for one use or
 whose text depends on its values (a list that is expanded).
 
-Promises: what the store sees is the same either way: rows with names, values of the columns' types. Other
-databases know nothing of this: the work of their server weighs more.
+Promises: what the store sees is the same either way: rows with names, values of the columns' types. It is for
+SQLite alone: psycopg has its own text for values and its own prepared statements.
 
 Fails: with the driver's own errors, or SQLAlchemy's around them.
 """
@@ -52,7 +52,8 @@ class Statements:
             raise TypeError(f"{type(driver)} is not a connection to SQLite")
         self.driver = driver
         self._connection = connection
-        # By statement, then by the names of its values: those decide on the text of an INSERT.
+        # By statement, then by the names of its values: those decide on the text of an INSERT. Weak, for a
+        # statement that is built for one use shall not stay.
         self._texts: WeakKeyDictionary[sa.Executable, dict[tuple[str, ...], _Text | None]] = (
             WeakKeyDictionary()
         )

@@ -44,7 +44,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-_PIECES_AT_ONCE = 4  # as many as go into one transaction
+_PIECES_AT_ONCE = 4  # as many as SQLite's writer takes into one transaction (`sqlite.LARGE_LIMIT`)
 
 
 def _next_pieces(file: BinaryIO) -> list[bytes]:

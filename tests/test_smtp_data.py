@@ -240,6 +240,19 @@ def test_what_a_refused_mail_took_is_given_back_at_once() -> None:
         assert size() == 0
 
 
+def test_a_disk_that_cannot_tell_its_room_costs_the_mail_and_nothing_else() -> None:
+    """A file system that goes away while a mail comes in is a fault of that mail, told at its end."""
+
+    def gone() -> bool:
+        raise OSError(errno.EIO, "gone")
+
+    data = MailData(io.BytesIO(), size_limit=3_000_000, line_limit=LINE, room=gone)
+    assert data.feed(b"x\r\n" * 600_000) is None
+    assert data.feed(b"\r\n.\r\nNOOP\r\n") == b"NOOP\r\n"
+    assert isinstance(data.fault, OSError)
+    assert data.fault.errno == errno.EIO
+
+
 @pytest.mark.parametrize(
     ("first", "fault"), [(b"x" * (LINE - 1), Fault.LONG_LINE), (b"x\r\n" * 66, Fault.TOO_LARGE)]
 )
