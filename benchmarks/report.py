@@ -174,7 +174,7 @@ def _door(results: Results) -> str:
     names = list(PEERS.values())
     head = [
         "PDF", "sessions", *names, "to Postfix", "to stock", *(f"CPU ms, {name}" for name in names),
-        "put off", "of fsync", "of loopback",
+        "put off", "of fdatasync", "of loopback",
     ]  # fmt: skip
     title = "### The door: mails a second\n\n"
     return f"{title}{_made(results, 'door')}{_table(head, rows)}\n{_door_spread(results)}"
