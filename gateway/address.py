@@ -4,9 +4,10 @@ In charge of reading the address on the RCPT line, of turning its local part int
 the rules on networks, senders and destinations. Pure: no clock, no files, no sockets.
 
 Promises: a number is returned only if it can be read in one way, because a wrong number gives a document to a
-stranger. Whatever is not understood or not allowed is a `Refusal`, and nothing else is raised. The address is
-read as it stands on the line: parentheses are part of a number here and not comments (RFC 5322, 3.2.2), else
-`+49(40)30123456` would call another city.
+stranger. The address is read as it stands on the line: parentheses are part of a number here and not comments
+(RFC 5322, 3.2.2), else `+49(40)30123456` would call another city.
+
+Fails: `Refusal`, and nothing else, for whatever is not understood or not allowed.
 """
 
 import ipaddress

@@ -3,9 +3,10 @@
 In charge of what pydantic-settings reads from the TOML file, the environment (`FAX_GATEWAY_SECTION__KEY`) and
 systemd's credentials, of which the later win over the earlier, and of telling an operator what is wrong.
 
-Promises: `load` returns settings that every part of the gateway can rely on, or raises `ConfigurationError`
-with every fault that can be found at once, each under its key and with what to do. No text of it, and no
-`repr`, shows a secret. It reads the given file and environment and the credentials, and nothing else.
+Promises: `load` returns settings that every part of the gateway can rely on. No text of it, and no `repr`,
+shows a secret. It reads the given file and environment and the credentials, and nothing else.
+
+Fails: `ConfigurationError` with every fault that can be found at once, each under its key with what to do.
 """
 
 import difflib

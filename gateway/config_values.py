@@ -1,8 +1,11 @@
 """The forms of single values in the configuration: durations, sizes, addresses, numbers, URLs.
 
-In charge of turning what a file or a variable holds into what the gateway works with. Each type here takes
-any object and gives the value, or fails with a text for an operator that says which form is expected. A
-secret, or a URL that somebody may have put a password into, is never repeated in it.
+In charge of turning what a file or a variable holds into what the gateway works with.
+
+Promises: each type here takes any object and gives the value or fails.
+
+Fails: with a text for an operator that says which form is expected; a secret, or a URL that somebody may have
+put a password into, is never repeated in it.
 """
 
 import base64

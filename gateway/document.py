@@ -6,9 +6,10 @@ the result is checked again. The page count is the one two parsers with nothing 
 the page tree, pdfium believes what the tree says of itself.
 
 Promises: no network, no files, nothing in a document is run. Pages are never lost in silence: a damaged file
-is repaired only if everything it refers to is still there, else it is refused by name. Raises `MailRefused`
-for whatever is wrong with a document. Hostile documents can still cost any amount of time and memory, or end
-the process: callers run this in a child process with limits.
+is repaired only if everything it refers to is still there, else it is refused by name.
+
+Fails: `MailRefused` for whatever is wrong with a document. Hostile documents can still cost any amount of
+time and memory, or end the process: callers run this in a child process with limits.
 """
 
 import contextlib

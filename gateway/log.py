@@ -4,10 +4,11 @@ In charge of how records look and of what may not be in them. `configure` sets s
 warnings of libraries the same way. A record is one line with `time` (ISO 8601, UTC), `level`, `event` and its
 fields.
 
-Promises: an event's name is in `EVENTS`, or the call raises `UnlistedEventError` (a test reads all calls, so
-it cannot happen in use). Telephone numbers are masked, secrets and bytes are never shown, control characters
-are escaped, and a traceback names files, lines and functions but no values. A stream that cannot be written
-to costs the record, never the fax.
+Promises: an event's name is in `EVENTS`. Telephone numbers are masked, secrets and bytes are never shown,
+control characters are escaped, and a traceback names files, lines and functions but no values.
+
+Fails: a stream that cannot be written to costs the record, never the fax. `UnlistedEventError` cannot happen
+in use: a test reads all calls.
 """
 
 import json

@@ -4,8 +4,10 @@ In charge of everything between the bytes after DATA and the PDFs in them: the l
 from costing more than it should, the mails nobody could be told the outcome of, and the rule which part of a
 mail is a document, which is passed over (text, signatures, a logo the HTML shows) and which refuses the mail.
 
-Promises: `parse` is pure, never opens a URL, and raises nothing but `MailRefused` for any bytes whatever
-(except `MemoryError`, the process's trouble and not the mail's). No attachment is left out in silence.
+Promises: `parse` is pure and never opens a URL. No attachment is left out in silence.
+
+Fails: `MailRefused`, and nothing else, for any bytes whatever (except `MemoryError`, the process's trouble
+and not the mail's).
 """
 
 import hashlib

@@ -10,7 +10,7 @@ lines a blank in front (RFC 5322 section 2.2), and the line that ends a header b
 their place is none of these either. Whatever looks otherwise than expected stays in the mail for the parser
 to judge, and the search takes time in proportion to the mail, whatever it holds.
 
-Raises what the standard library raises for a payload that it cannot decode.
+Fails: with what the standard library raises for a payload that it cannot decode.
 """
 
 import binascii
@@ -154,7 +154,7 @@ def _octets(body: memoryview, end: int, letters: int) -> bytes | None:
     """
     try:
         try:
-            after = len(pybase64.b64decode(body[end:]))
+            after = len(binascii.a2b_base64(b"".join(bytes(body[end:]).split()), strict_mode=True))
         except binascii.Error:  # broken behind the lines: whoever wants the whole will hear of it
             body, after = body[:end], 0
         octets = pybase64.b64decode(body)

@@ -1,11 +1,15 @@
 """What is counted, for Prometheus to scrape.
 
 In charge of the names, labels and buckets of all metrics, in a registry of its own, so that two gateways in
-one process count apart. Names begin with `fax_gateway_`. Values of labels come from the closed sets written
-here, never from outside, so no peer can make the list grow; each is there from the start, as 0.
+one process count apart. Names begin with `fax_gateway_`.
+
+Promises: values of labels come from the closed sets written here, never from outside, so no peer can make the
+list grow; each is there from the start, as 0.
 
 Counters and histograms are advanced by whoever sees the thing happen. What describes the queue is asked of
-the store just before each scrape and handed over whole. Nothing here touches a file or a socket.
+the store just before each scrape and handed over whole.
+
+Fails: never; nothing here touches a file or a socket.
 """
 
 from collections.abc import Mapping

@@ -5,7 +5,9 @@ In charge of one table, `TABLE`, with a row for each of the forty values that th
 help centre's "Fax API error list"), and of a second one, `LOCAL`, for a fax that ends without such a value.
 
 Promises: `lookup` always answers. The carrier's set is open, so a name it never showed before gets the
-cautious row `UNKNOWN`: one more call, and a sentence that claims nothing. Nothing here can fail.
+cautious row `UNKNOWN`: one more call, and a sentence that claims nothing.
+
+Fails: never.
 """
 
 import dataclasses

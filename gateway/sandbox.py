@@ -4,7 +4,7 @@ In charge of: the addresses under `/v2` that a fax client uses, the account's st
 It shares no code with the gateway's client, so that one misreading of the API cannot hide in both.
 Promises: a fax is in the ledger before its POST is answered; each POST that is taken is a fax of its own. All
 is kept in memory and gone at the end.
-On failure: a port not free raises `OSError`; a fault in a handler is answered 500 and logged by aiohttp.
+Fails: a port not free raises `OSError`; a fault in a handler is answered 500 and logged by aiohttp.
 """
 
 import asyncio

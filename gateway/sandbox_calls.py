@@ -2,7 +2,7 @@
 
 In charge of: the record of a fax, its statuses over the call time, cancelling, and the events about it.
 Promises: statuses follow the clock of the call and never wait for webhooks; an ended fax takes no cancel.
-On failure: nothing here reaches outside, so nothing here fails.
+Fails: nothing here reaches outside, so nothing here fails.
 
 Fax object: Telnyx's schema `Fax`. Events and their fields: Telnyx's page "Receiving webhooks" for faxes.
 """

@@ -2,7 +2,7 @@
 
 In charge of: JSON in and out for what `Sandbox` offers to a test inside its process.
 Promises: a change is made whole or not at all; no key is asked for, so the sandbox belongs on loopback.
-On failure: `RequestError`, 400 for what is no JSON, 422 for what cannot be used, with every fault named.
+Fails: `RequestError`, 400 for what is no JSON, 422 for what cannot be used, with every fault named.
 """
 
 import json

@@ -3,7 +3,7 @@
 In charge of: which behaviour a submission meets, what was taken, what the list shows, the calls under way.
 Promises: a fax is in the ledger once it is taken; a call never waits for the receiver of its webhooks; the
 events of one fax go out one after another.
-On failure: an exception in a hook of the caller ends the webhooks of that one fax and is logged by asyncio.
+Fails: an exception in a hook of the caller ends the webhooks of that one fax and is logged by asyncio.
 """
 
 import asyncio

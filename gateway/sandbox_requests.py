@@ -3,7 +3,7 @@
 In charge of: the multipart form of `POST /v2/faxes`, the filters and pages of `GET /v2/faxes`, error bodies.
 Promises: a form is taken only if Telnyx's schema `SendFaxMultipartRequest` allows it; every fault of a form
 is named in one answer; of a document no more than its allowed size is held in memory.
-On failure: `RequestError`, which carries the answer's status and its `errors`.
+Fails: `RequestError`, which carries the answer's status and its `errors`.
 
 Stricter than Telnyx is known to be: unknown or repeated fields, unknown query parameters and SIP addresses
 are refused, so that a slip of the pen in a client shows here and not on the bill.

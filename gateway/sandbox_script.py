@@ -3,7 +3,7 @@
 In charge of: the telephone numbers that stand for behaviours, reading and checking a script, and the choice
 among script, number and seed for each POST.
 Promises: nothing here reads a clock or a socket; the same script, seed and order of POSTs choose the same.
-On failure: a script that cannot be used raises `ScriptError` with every fault in it, and changes nothing.
+Fails: a script that cannot be used raises `ScriptError` with every fault in it, and changes nothing.
 """
 
 import difflib

@@ -3,7 +3,7 @@
 In charge of: sending one event as Telnyx would, or as a behaviour wants it spoilt, and the log of each try.
 Promises: every try is logged with the HTTP status it got; 3 tries, 200 and 400 ms apart, 2 s each; only 2xx
 counts and no redirect is followed.
-On failure: an event that no try could deliver is lost, as Telnyx's would be.
+Fails: an event that no try could deliver is lost, as Telnyx's would be.
 
 Signature (Telnyx, "Receiving webhooks"): Ed25519 over the text of the header `telnyx-timestamp`, `|`, and the
 raw body; Base64 in the header `telnyx-signature-ed25519`.

@@ -2,6 +2,7 @@
 
 import base64
 import gc
+import itertools
 import sys
 import time
 import tracemalloc
@@ -178,6 +179,25 @@ def test_octet_that_does_not_belong(octet: bytes) -> None:
         same(raw[:place] + octet + raw[place + 1 :])
         same(raw[:place] + octet * 4 + raw[place + 4 :])
         same(raw[:place] + octet + raw[place:])
+
+
+@pytest.mark.parametrize("line", [b"QQ:Q", b"QQQ*", b"QQQ="])
+def test_no_end_with_padding_in_it_makes_up_for_a_missing_letter(line: bytes) -> None:
+    """A decoder that goes on behind padding (pybase64 before 1.5) makes no lines of base64 out of others."""
+    for kind in (b"text/html", b"message/rfc822", b"application/pdf\r\nContent-Transfer-Encoding: base64"):
+        for end in (b"QQQ=Q=", b"Q=QQ=", b"QQQ=Q==", b"QQ=Q="):
+            same(mail(b"Content-Type: " + kind + b"\r\n\r\n" + line + b"\r\n" + b"QUJD\r\n" * 23 + end))
+
+
+@pytest.mark.parametrize("octet", [b"*", b"=", b":"])
+def test_no_end_makes_up_for_an_octet_that_does_not_belong(octet: bytes) -> None:
+    """Whatever follows them, lines with an octet that is no letter are not taken for sound by length."""
+    head = b"Content-Type: application/pdf\r\nContent-Transfer-Encoding: base64\r\n\r\n"
+    for count in (1, 2, 3, 4):
+        body = (b"QUJD" * 9 + octet * count + b"QUJD"[count:] + b"\r\n") * 40
+        for length in range(6):
+            for end in itertools.product(b"A=:", repeat=length):
+                same(mail(head + body + bytes(end)))
 
 
 def test_mail_that_holds_the_line_in_place_of_a_body() -> None:
