@@ -32,7 +32,7 @@ help:
 	@echo 'make test             all tests, and the share of gateway/ that they run through'
 	@echo 'make torture          the gateway under a stream of mails, killed all the time; then what was lost or doubled'
 	@echo '                      (SEED= MINUTES= FAXES= KILLS= STORE=sqlite or postgresql; HELP=1 tells more)'
-	@echo 'make bench            the gateway measured beside Postfix and others, into docs/performance.md: about 35 minutes'
+	@echo 'make bench            the gateway measured beside Postfix and others, into docs/performance.md: about 40 minutes'
 	@echo '                      (ONLY=door,way QUICK=1 SCRATCH=FOLDER; HELP=1 tells more)'
 	@echo 'make lint             style (ruff) and types (mypy)'
 	@echo 'make check            lint, then test'

@@ -43,7 +43,7 @@ BENCHMARKS: dict[str, Callable[[Results, Plan, Path], None]] = {
 NEED_SMTP_SOURCE = {"door", "stalls", "scale", "postgresql"}
 FAULTS = (Failed, OSError, subprocess.SubprocessError, sqlite3.Error, psycopg.Error, sa.exc.SQLAlchemyError)
 EXAMPLES = """examples:
-  make bench                   everything, about 35 minutes; the report is written
+  make bench                   everything, about 40 minutes; the report is written
   make bench ONLY=door,way     only these; what the report says of the others stays
   make bench QUICK=1           does everything work? the report goes to build/, its figures mean nothing
   make bench SCRATCH=/mnt/ssd  with stores and queues on another disk
